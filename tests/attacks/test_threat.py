@@ -57,6 +57,15 @@ def test_projected_and_sampled_points_are_inside_in_exact_arithmetic(ball_type, 
         assert ball.contains(points, x).all()
 
 
+@pytest.mark.parametrize("ball_type", [L2Ball, L1Ball])
+def test_rounding_many_pixels_does_not_lengthen_a_short_move(ball_type):
+    # 20000 moves far below the spacing of floats near 1: rounded to the nearest they would add up to more than eps.
+    x = torch.rand(3, 20000, generator=torch.Generator().manual_seed(0))
+    far = x + torch.randn(3, 20000, generator=torch.Generator().manual_seed(1))
+    points = ball_type(1e-4).project(far, x)
+    assert all(exactly_inside(ball_type.norm, p, q, 1e-4) for p, q in zip(points, x, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ball_type", BALLS)
 def test_each_example_may_have_its_own_radius(ball_type, dtype):
