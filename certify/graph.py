@@ -196,7 +196,9 @@ def _check(graph: Graph, model: nn.Module, probe: Tensor) -> None:
         expected, got = model(x), graph.snapshot()(x)
     scale = expected.abs().max().clamp(min=1).item()
     if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-3, atol=1e-3 * scale):
-        raise CaptureError("the captured graph does not reproduce the model's forward; does it use the batch size or randomness?")
+        raise CaptureError(
+            "the captured graph does not reproduce the model's forward; does it use the batch size or randomness?"
+        )
 
 
 class _Tracer(torch.fx.Tracer):
@@ -287,7 +289,9 @@ class _Capture:
         # Steps after the returned one are dead code.
         del self.steps[place + 1 :]
         if len(self.steps[-1].shape) != 1:
-            raise CaptureError(f"the model must return logits [B, K], got shape [B, {', '.join(map(str, self.steps[-1].shape))}]")
+            raise CaptureError(
+                f"the model must return logits [B, K], got shape [B, {', '.join(map(str, self.steps[-1].shape))}]"
+            )
 
     def _run(self, node: torch.fx.Node) -> Any:
         args = torch.fx.map_arg(node.args, self.values.__getitem__)
@@ -334,12 +338,11 @@ class _Capture:
         return found
 
     def _unsupported(self, node: torch.fx.Node, layer: str) -> UnsupportedOp:
-        return UnsupportedOp(f"no bound rule for {layer} (node {node.name!r}). Rules exist for: {', '.join(RULES.names())}")
+        return UnsupportedOp(
+            f"no bound rule for {layer} (node {node.name!r}). Rules exist for: {', '.join(RULES.names())}"
+        )
 
 
 def _map_tensors(op: Op, function: Callable[[Tensor], Tensor]) -> Op:
-    changes = {
-        name: function(value) for name, value in vars(op).items() if isinstance(value, Tensor)
-    }
+    changes = {name: function(value) for name, value in vars(op).items() if isinstance(value, Tensor)}
     return type(op)(**{**vars(op), **changes}) if changes else op
-

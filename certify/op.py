@@ -51,7 +51,9 @@ class Op:
         """Box that contains the op's value for every point of the input boxes."""
         raise NotImplementedError
 
-    def backward(self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    def backward(
+        self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         """Rows `A . op(v)` bounded below by `sum_i A_i . v_i + constant` for all v in the boxes.
 
         Args:
@@ -86,7 +88,9 @@ class AffineOp(Op):
         (box,) = inputs
         return Interval(self.forward(box.center), self.absolute(box.radius))
 
-    def backward(self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    def backward(
+        self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         return [self.transpose(A)], self.constant(A)
 
 
@@ -112,7 +116,9 @@ class Activation(Op):
         (box,) = inputs
         return Interval.from_box(self.forward(box.lb), self.forward(box.ub))
 
-    def backward(self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    def backward(
+        self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         box = boxes[0]
         assert box is not None
         lines = self.lines(box, alpha)

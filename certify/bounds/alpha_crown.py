@@ -133,7 +133,9 @@ def _tightened(
     for place, which in rows.items():
         low = bound_rows(snapshot, place, which, current, region, alphas[place])
         fresh = which.write(_hollow(tight[place]), low)
-        found = Box(torch.maximum(fresh.lb.detach(), tight[place].lb), torch.minimum(fresh.ub.detach(), tight[place].ub))
+        found = Box(
+            torch.maximum(fresh.lb.detach(), tight[place].lb), torch.minimum(fresh.ub.detach(), tight[place].ub)
+        )
         written = torch.isfinite(fresh.lb)
         current[place] = Box(_through(fresh.lb, found.lb, written), _through(fresh.ub, found.ub, written))
         best[place] = found
@@ -148,5 +150,3 @@ def _through(fresh: Tensor, value: Tensor, written: Tensor) -> Tensor:
     """`value`, with the gradient of `fresh` where it was written."""
     safe = torch.where(written, fresh, 0.0)
     return value + (safe - safe.detach())
-
-

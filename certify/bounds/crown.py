@@ -179,16 +179,9 @@ def bound_rows(
     for begin in range(0, len(rows), step):
         part = rows.chunk(begin, begin + step)
         A = part.coefficients(shape, region.center.dtype)
-        linear = backward(snapshot, place, A, boxes, _chunk(alphas, begin, begin + step, len(rows)))
-        low = region.minimum(linear.A, linear.constant)
-        found.append(outward(low, linear, region).view(2, len(part), -1))
+        linear = backward(snapshot, place, A, boxes, _chunk(alphas, begin, min(begin + step, len(rows)), len(rows)))
+        found.append(region.minimum(linear.A, linear.constant).view(2, len(part), -1))
     return torch.cat(found, 1).flatten(0, 1)
-
-
-def outward(low: Tensor, linear: Linear, region: Region) -> Tensor:
-    """`low` reduced by an allowance for the rounding of the backward pass."""
-    unit = torch.finfo(low.dtype).eps
-    return low - 4 * unit * (region.magnitude(linear.A.detach()) + linear.scale)
 
 
 def _chunk(alphas: Alphas | None, begin: int, end: int, count: int) -> Alphas | None:

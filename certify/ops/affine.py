@@ -140,9 +140,7 @@ class _LinearInterval(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(center, radius, weight)
         ctx.has_bias = bias is not None
         return F.linear(center, weight, bias), F.linear(radius, weight.abs())

@@ -66,4 +66,3 @@ def _mean(call: Call) -> Op:
     if 0 in axes:
         raise call.refuse("a mean over the batch axis is not supported")
     return Average(lambda x: x.mean(axes, keepdim=bool(keepdim)), call.args[0].shape)
-

@@ -37,7 +37,9 @@ class MaxPool2d(Op):
         """Inputs whose tighter bounds could help: all that are not points; bool `[B, C, H, W]`."""
         return box.ub > box.lb
 
-    def backward(self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    def backward(
+        self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         """Lower line: the input with the greatest lower bound. Upper: that input where it dominates, else a constant."""
         box = boxes[0]
         assert box is not None
@@ -92,9 +94,7 @@ class MaxPool2d(Op):
 def _max_pool(layer: nn.MaxPool2d, call: Call) -> Op:
     if layer.return_indices:
         raise call.refuse("MaxPool2d(return_indices=True) is not supported")
-    return _build(
-        layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode, call.args[0].shape
-    )
+    return _build(layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode, call.args[0].shape)
 
 
 @RULES.function(F.max_pool2d, torch.max_pool2d)

@@ -29,7 +29,9 @@ class Add(Op):
         left, right = inputs
         return Interval(self.forward(left.center, right.center), left.radius + right.radius)
 
-    def backward(self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    def backward(
+        self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         return [A, A if self.sign == 1 else -A], A.new_zeros(A.shape[:2])
 
 
@@ -48,7 +50,9 @@ class Concat(Op):
     def interval(self, *inputs: Interval) -> Interval:
         return Interval(self.forward(*(i.center for i in inputs)), self.forward(*(i.radius for i in inputs)))
 
-    def backward(self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    def backward(
+        self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         return list(A.split(self.sizes, self.dim + 1)), A.new_zeros(A.shape[:2])
 
 

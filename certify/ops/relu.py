@@ -55,7 +55,9 @@ class ReLU(Activation):
         intercept = torch.where(unstable, (a - chord) * lb, 0.0)
         return Lines(torch.where(unstable, chosen, stable), None, upper, intercept)
 
-    def backward(self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    def backward(
+        self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         box = boxes[0]
         assert box is not None
         lines = self.lines(box, alpha)

@@ -111,5 +111,3 @@ def _identity(layer: nn.Module, call: Call) -> Op:
 @RULES.function(torch.nn.functional.dropout, torch.nn.functional.dropout2d, "contiguous", "clone", "float")
 def _identity_call(call: Call) -> Op:
     return Identity()
-
-
