@@ -111,3 +111,8 @@ def _identity(layer: nn.Module, call: Call) -> Op:
 @RULES.function(torch.nn.functional.dropout, torch.nn.functional.dropout2d, "contiguous", "clone", "float")
 def _identity_call(call: Call) -> Op:
     return Identity()
+
+
+@RULES.module(nn.Flatten, nn.Unflatten)
+def _flatten_layer(layer: nn.Module, call: Call) -> Op:
+    return _reshape(call)
