@@ -1,0 +1,49 @@
+"""Random numbers for attacks: from one stream for the whole batch, or from one private stream per example.
+
+With one stream per example the noise of an example does not depend on the batch it happens to be in, so results can
+be regrouped and resumed. Noise is drawn on the generator's device and moved to where it is needed: streams on the CPU
+give the same noise whatever device the attack runs on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""One stream for the batch, one per example (`len(generators) == B`), or None for torch's global stream."""
+
+
+def uniform(shape: Sequence[int], like: Tensor, generators: Generators) -> Tensor:
+    """Uniform numbers in [0, 1), `shape` = [B, ...], with the dtype and device of `like`."""
+    return _draw(torch.rand, shape, like, generators)
+
+
+def normal(shape: Sequence[int], like: Tensor, generators: Generators) -> Tensor:
+    """Standard normal numbers, `shape` = [B, ...], with the dtype and device of `like`."""
+    return _draw(torch.randn, shape, like, generators)
+
+
+def streams(seed: int, positions: Iterable[int], *keys: int) -> list[torch.Generator]:
+    """One CPU generator per example, keyed by (seed, keys, position): `keys` tells restarts and attacks apart."""
+    return [torch.Generator().manual_seed(_mix(seed, *keys, position)) for position in positions]
+
+
+def _mix(*numbers: int) -> int:
+    # Neighbouring seeds of a Mersenne twister are not independent enough to be added up or shifted; a hash is.
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
+
+
+def _draw(sampler: Callable[..., Tensor], shape: Sequence[int], like: Tensor, generators: Generators) -> Tensor:
+    if generators is None:
+        return sampler(shape, dtype=like.dtype, device=like.device)
+    if isinstance(generators, torch.Generator):
+        drawn = sampler(shape, dtype=like.dtype, device=generators.device, generator=generators)
+        return drawn.to(like.device)
+    if len(generators) != shape[0]:
+        raise ValueError(f"expected one generator per example: {shape[0]} examples, {len(generators)} generators")
+    rows = [sampler(shape[1:], dtype=like.dtype, device=g.device, generator=g) for g in generators]
+    return torch.stack(rows).to(like.device) if rows else like.new_empty(tuple(shape))
