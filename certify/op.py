@@ -1,0 +1,226 @@
+"""What an op is: its forward, interval and backward (CROWN) rules, and the tables that map a model's layers to ops.
+
+Shape letters of this package: B examples, R rows (linear functions being bounded), K logits.
+`A` is `[R, B, *shape]`, the coefficients of a linear lower bound with respect to a node's value; its constant is `[R, B]`.
+Only lower bounds are propagated: an upper bound of a row is minus the lower bound of the negated row.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from certify.interval import Interval
+
+
+class Box(NamedTuple):
+    """Elementwise bounds, each `[B, *shape]`."""
+
+    lb: Tensor
+    ub: Tensor
+
+
+class Lines(NamedTuple):
+    """Two linear functions that enclose an activation on a box; slopes and intercepts `[B, *shape]` or `[R, B, *shape]`.
+
+    An intercept that is zero everywhere may be None.
+    """
+
+    lower_slope: Tensor
+    lower_intercept: Tensor | None
+    upper_slope: Tensor
+    upper_intercept: Tensor | None
+
+
+class Op:
+    """One step of a network. Subclasses are frozen dataclasses that hold the tensors of this moment."""
+
+    is_linear: ClassVar[bool] = False
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Value `[B, *out]` at the inputs `[B, *in]`."""
+        raise NotImplementedError
+
+    def interval(self, *inputs: Interval) -> Interval:
+        """Box that contains the op's value for every point of the input boxes."""
+        raise NotImplementedError
+
+    def backward(
+        self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Rows `A . op(v)` bounded below by `sum_i A_i . v_i + constant` for all v in the boxes.
+
+        Args:
+            A: `[R, B, *out]`.
+            boxes: bounds of each input; an affine op ignores them.
+            alpha: free parameters of the relaxation `[free, R or 1, B, *in]`; the default choice where None.
+
+        Returns:
+            (A per input, each `[R, B, *in]`; constant `[R, B]`).
+        """
+        raise NotImplementedError
+
+
+class AffineOp(Op):
+    """An affine map of one input: subclasses give `forward`, `absolute` (|W| r), `transpose` (A W) and `constant` (A b)."""
+
+    is_linear = True
+
+    def absolute(self, radius: Tensor) -> Tensor:
+        """The linear part with absolute weights, applied to a radius `[B, *in]`."""
+        raise NotImplementedError
+
+    def transpose(self, A: Tensor) -> Tensor:
+        """`A W`, `[R, B, *in]`."""
+        raise NotImplementedError
+
+    def constant(self, A: Tensor) -> Tensor:
+        """`A b`, `[R, B]`; zero for a linear map."""
+        return A.new_zeros(A.shape[:2])
+
+    def interval(self, *inputs: Interval) -> Interval:
+        (box,) = inputs
+        return Interval(self.forward(box.center), self.absolute(box.radius))
+
+    def backward(
+        self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        return [self.transpose(A)], self.constant(A)
+
+
+class Activation(Op):
+    """A monotone elementwise function: subclasses give `forward` and `lines`."""
+
+    free: ClassVar[int] = 0
+    """Free parameters per neuron that alpha-CROWN may choose, each in [0, 1]."""
+
+    def lines(self, box: Box, alpha: Tensor | None = None) -> Lines:
+        """Enclosing lines on the box; `alpha` `[free, ...]` picks among the sound ones."""
+        raise NotImplementedError
+
+    def default_alpha(self, box: Box) -> Tensor:
+        """The choice that `lines` makes without `alpha`, `[free, B, *shape]`."""
+        raise NotImplementedError
+
+    def loose(self, box: Box) -> Tensor:
+        """Neurons whose relaxation is not exact, so that tighter bounds would help; bool `[B, *shape]`."""
+        return box.ub > box.lb
+
+    def interval(self, *inputs: Interval) -> Interval:
+        (box,) = inputs
+        return Interval.from_box(self.forward(box.lb), self.forward(box.ub))
+
+    def backward(
+        self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        box = boxes[0]
+        assert box is not None
+        lines = self.lines(box, alpha)
+        positive = A >= 0
+        constant = A.new_zeros(A.shape[:2])
+        for intercept, part in ((lines.lower_intercept, A.clamp(min=0)), (lines.upper_intercept, A.clamp(max=0))):
+            if intercept is not None:
+                constant = constant + (part * intercept).flatten(2).sum(-1)
+        return [A * torch.where(positive, lines.lower_slope, lines.upper_slope)], constant
+
+
+class UnsupportedOp(ValueError):
+    """A layer for which the suite has no bound rule; the message names the node, the layer and the rules that exist."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Stands for the value of graph node `index` in the arguments of a call; `shape` is per example."""
+
+    index: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A functional call as a rule sees it: constants are the live values, tensors that depend on the input are `Traced`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out_shape: tuple[int, ...]
+    name: str
+
+    def argument(self, position: int, keyword: str, default: Any = None) -> Any:
+        """Argument given by position or by keyword."""
+        return self.args[position] if position < len(self.args) else self.kwargs.get(keyword, default)
+
+    def refuse(self, reason: str) -> UnsupportedOp:
+        """The error for a form of this call that no rule covers."""
+        return UnsupportedOp(f"node {self.name!r}: {reason}")
+
+
+ModuleRule = Callable[[Any, Call], Op]
+FunctionRule = Callable[[Call], Op]
+
+
+class Rules:
+    """Which op stands for which layer, function or tensor method. Files of `certify.ops` fill it."""
+
+    def __init__(self) -> None:
+        self._modules: dict[str, ModuleRule] = {}
+        self._functions: dict[Any, FunctionRule] = {}
+        self._loaded = False
+
+    def module(self, *types: type | str) -> Callable[[ModuleRule], ModuleRule]:
+        """Decorator for a function `(layer, call) -> Op`; a type may be named by its dotted path to avoid importing it."""
+
+        def add(build: ModuleRule) -> ModuleRule:
+            for kind in types:
+                self._modules[kind if isinstance(kind, str) else _dotted(kind)] = build
+            return build
+
+        return add
+
+    def function(self, *targets: Any) -> Callable[[FunctionRule], FunctionRule]:
+        """Decorator for a function `Call -> Op`; targets are functions or names of tensor methods."""
+
+        def add(build: FunctionRule) -> FunctionRule:
+            for target in targets:
+                self._functions[target] = build
+            return build
+
+        return add
+
+    def for_module(self, module: nn.Module) -> ModuleRule | None:
+        """Rule of a layer: of its own class, or of the nearest base class whose `forward` it keeps."""
+        self._load()
+        for kind in type(module).__mro__:
+            if _dotted(kind) in self._modules:
+                return self._modules[_dotted(kind)] if type(module).forward is kind.forward else None
+        return None
+
+    def for_function(self, target: Any) -> FunctionRule | None:
+        """Rule of a function or of a tensor method's name."""
+        self._load()
+        return self._functions.get(target)
+
+    def names(self) -> list[str]:
+        """Layers that have a rule, by short name."""
+        self._load()
+        return sorted({name.rsplit(".", 1)[-1] for name in self._modules})
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        folder = importlib.import_module("certify.ops")
+        for found in pkgutil.iter_modules(folder.__path__):
+            importlib.import_module(f"certify.ops.{found.name}")
+
+
+RULES = Rules()
+
+
+def _dotted(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

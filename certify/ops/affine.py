@@ -1,0 +1,302 @@
+"""Affine layers: dense, convolutional, and elementwise scale and shift (normalisation, unfolded BatchNorm)."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from certify.interval import BallImage, Interval
+from certify.op import RULES, AffineOp, Call, Op, Traced
+
+
+@dataclass(frozen=True)
+class Linear(AffineOp):
+    """`W v + b` on the last axis of a `[B, n]` input; `weight` is `[m, n]`, or `[B, m, n]` with rows per example."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        if self.weight.dim() == 2:
+            return F.linear(x, self.weight, self.bias)
+        out = torch.einsum("brn,bn->br", self.weight, x)
+        return out if self.bias is None else out + self.bias
+
+    def absolute(self, radius: Tensor) -> Tensor:
+        return replace(self, weight=self.weight.abs(), bias=None).forward(radius)
+
+    def interval(self, *inputs: Interval) -> Interval:
+        (box,) = inputs
+        if self.weight.dim() == box.center.dim() == 2 and torch.is_grad_enabled() and self.weight.requires_grad:
+            out = Interval(*_LinearInterval.apply(box.center, box.radius, self.weight, self.bias))
+        else:
+            out = Interval(self.forward(box.center), self.absolute(box.radius))
+        if box.ball is None:
+            return out
+        squared = replace(self, weight=self.weight.square(), bias=None).forward(_filled(box.ball).square())
+        return box.ball.meet(out, self.forward(box.ball.point), squared.sqrt())
+
+    def transpose(self, A: Tensor) -> Tensor:
+        if self.weight.dim() == 2:
+            return A @ self.weight
+        return torch.einsum("rbm,bmn->rbn", A, self.weight)
+
+    def constant(self, A: Tensor) -> Tensor:
+        if self.bias is None:
+            return A.new_zeros(A.shape[:2])
+        return (A * self.bias).flatten(2).sum(-1)
+
+    def rows(self, spec: Tensor) -> Linear:
+        """The layer followed by `spec` `[B, R, m]`, as one layer with rows per example."""
+        weight = spec @ self.weight
+        bias = None if self.bias is None else (spec @ self.bias.unsqueeze(-1)).squeeze(-1)
+        return Linear(weight, bias)
+
+
+@dataclass(frozen=True)
+class Conv2d(AffineOp):
+    """2-d convolution with zero padding; `in_shape` is (C, H, W) of one example."""
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    in_shape: tuple[int, ...]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return F.conv2d(inputs[0], self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def absolute(self, radius: Tensor) -> Tensor:
+        return replace(self, weight=self.weight.abs(), bias=None).forward(radius)
+
+    def interval(self, *inputs: Interval) -> Interval:
+        (box,) = inputs
+        out = Interval(self.forward(box.center), self.absolute(box.radius))
+        if box.ball is None:
+            return out
+        squared = replace(self, weight=self.weight.square(), bias=None).forward(_filled(box.ball).square())
+        return box.ball.meet(out, self.forward(box.ball.point), squared.sqrt())
+
+    def transpose(self, A: Tensor) -> Tensor:
+        rows, batch, _, *out_size = A.shape
+        kernel = self.weight.shape[2:]
+        missing = [
+            size - ((out - 1) * stride - 2 * pad + dilation * (k - 1) + 1)
+            for size, out, stride, pad, dilation, k in zip(
+                self.in_shape[1:], out_size, self.stride, self.padding, self.dilation, kernel, strict=True
+            )
+        ]
+        flat = A.reshape(rows * batch, *A.shape[2:])
+        flat = F.conv_transpose2d(
+            flat, self.weight, None, self.stride, self.padding, tuple(missing), self.groups, self.dilation
+        )
+        return flat.view(rows, batch, *self.in_shape)
+
+    def constant(self, A: Tensor) -> Tensor:
+        if self.bias is None:
+            return A.new_zeros(A.shape[:2])
+        return A.flatten(3).sum(-1) @ self.bias
+
+
+@dataclass(frozen=True)
+class Scale(AffineOp):
+    """`scale * v + shift` elementwise; both broadcastable to `[B, *shape]`."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, inputs[0], self.scale)
+
+    def absolute(self, radius: Tensor) -> Tensor:
+        return radius * self.scale.abs()
+
+    def interval(self, *inputs: Interval) -> Interval:
+        (box,) = inputs
+        ball = box.ball and BallImage(self.forward(box.ball.point), box.ball.scale * self.scale.abs(), box.ball.eps)
+        return Interval(self.forward(box.center), self.absolute(box.radius), ball)
+
+    def transpose(self, A: Tensor) -> Tensor:
+        return A * self.scale
+
+    def constant(self, A: Tensor) -> Tensor:
+        return (A * self.shift).flatten(2).sum(-1)
+
+
+class _LinearInterval(torch.autograd.Function):
+    """Centre and radius through one dense layer, without keeping |W| alive between forward and backward.
+
+    A wide layer (32,768 x 512 in CNN7) holds most of a network's weights, so a saved |W| and separate gradient
+    buffers for W and |W| would cost more memory than all activations.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(center, radius, weight)
+        ctx.has_bias = bias is not None
+        return F.linear(center, weight, bias), F.linear(radius, weight.abs())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_center, grad_radius = grads
+        center, radius, weight = ctx.saved_tensors
+        d_center = grad_center @ weight if ctx.needs_input_grad[0] else None
+        d_radius = grad_radius @ weight.abs() if ctx.needs_input_grad[1] else None
+        d_weight = None
+        if ctx.needs_input_grad[2]:
+            d_weight = grad_radius.T @ radius
+            d_weight.mul_(weight.sign()).addmm_(grad_center.T, center)
+        return d_center, d_radius, d_weight, grad_center.sum(0) if ctx.has_bias else None
+
+
+def _filled(ball: BallImage) -> Tensor:
+    return ball.scale.expand_as(ball.point)
+
+
+@RULES.module(nn.Linear)
+def _linear(layer: nn.Linear, call: Call) -> Op:
+    return Linear(layer.weight, layer.bias)
+
+
+@RULES.function(F.linear)
+def _linear_call(call: Call) -> Op:
+    return Linear(call.argument(1, "weight"), call.argument(2, "bias"))
+
+
+def conv2d(
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int] | str,
+    dilation: int | tuple[int, int],
+    groups: int,
+    in_shape: tuple[int, ...],
+) -> Conv2d:
+    """Conv2d op from the arguments that `torch.nn.functional.conv2d` takes."""
+    spread = pair(dilation)
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        total = [d * (k - 1) for d, k in zip(spread, weight.shape[2:], strict=True)]
+        if any(t % 2 for t in total):
+            raise ValueError("padding='same' with an even kernel pads unevenly; use an explicit nn.ZeroPad2d")
+        padding = (total[0] // 2, total[1] // 2)
+    return Conv2d(weight, bias, pair(stride), pair(padding), spread, groups, in_shape)  # type: ignore[arg-type]
+
+
+@RULES.module(nn.Conv2d)
+def _conv_layer(layer: nn.Conv2d, call: Call) -> Op:
+    if layer.padding_mode != "zeros":
+        raise call.refuse(f"Conv2d with padding_mode={layer.padding_mode!r} has no bound rule; use zeros")
+    shape = call.args[0].shape
+    return conv2d(layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups, shape)  # type: ignore[arg-type]
+
+
+@RULES.function(F.conv2d)
+def _conv_call(call: Call) -> Op:
+    source = call.args[0]
+    return conv2d(
+        call.argument(1, "weight"),
+        call.argument(2, "bias"),
+        call.argument(3, "stride", 1),
+        call.argument(4, "padding", 0),
+        call.argument(5, "dilation", 1),
+        call.argument(6, "groups", 1),
+        source.shape,
+    )
+
+
+@RULES.module(nn.ZeroPad2d)
+def _zero_pad(layer: nn.ZeroPad2d, call: Call) -> Op:
+    return Pad(tuple(layer.padding))
+
+
+@dataclass(frozen=True)
+class Pad(AffineOp):
+    """Zero padding of the last two axes: (left, right, top, bottom), none negative."""
+
+    padding: tuple[int, ...]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return F.pad(inputs[0], self.padding)
+
+    def absolute(self, radius: Tensor) -> Tensor:
+        return self.forward(radius)
+
+    def transpose(self, A: Tensor) -> Tensor:
+        return F.pad(A, tuple(-p for p in self.padding))
+
+
+@RULES.module("torchvision.transforms.transforms.Normalize")
+def _torchvision_normalize(layer: Any, call: Call) -> Op:
+    mean, std = (torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (layer.mean, layer.std))
+    return Scale(1 / std, -mean / std)
+
+
+def _arithmetic(combine: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Call], Op]:
+    """Rule for an arithmetic function of one traced value and one constant, affine in the traced value."""
+
+    def build(call: Call) -> Op:
+        left, right = call.args[:2]
+        if call.kwargs:
+            raise call.refuse(f"keyword {', '.join(call.kwargs)} of an arithmetic function is not supported")
+        traced = left if isinstance(left, Traced) else right
+        constant = torch.as_tensor(right if isinstance(left, Traced) else left)
+        if constant.dim() > len(traced.shape) + 1 or (constant.dim() == len(traced.shape) + 1 and len(constant) != 1):
+            raise call.refuse("a constant with a batch axis cannot be bounded")
+        if call.out_shape != traced.shape:
+            raise call.refuse("a constant that broadcasts the value to a larger shape is not supported")
+        if not constant.is_floating_point():
+            constant = constant.to(torch.get_default_dtype())
+        zero, one = torch.zeros_like(constant), torch.ones_like(constant)
+        at = (lambda v: combine(v, constant)) if isinstance(left, Traced) else (lambda v: combine(constant, v))
+        shift = at(zero)
+        return Scale(at(one) - shift, shift)
+
+    return build
+
+
+def _division(call: Call) -> Op:
+    if not isinstance(call.args[0], Traced):
+        raise call.refuse("division of a constant by a value is not affine")
+    left, right = call.args[:2]
+    return Scale(1 / _float(right), torch.zeros_like(_float(right)))
+
+
+def _float(value: Any) -> Tensor:
+    tensor = torch.as_tensor(value)
+    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+
+
+def _product(call: Call) -> Op:
+    left, right = call.args[:2]
+    if isinstance(left, Traced) and isinstance(right, Traced):
+        raise call.refuse("a product of two values is not supported")
+    return _multiply(call)
+
+
+_multiply = _arithmetic(torch.mul)
+RULES.function(operator.mul, torch.mul, "mul", "mul_", operator.imul)(_product)
+RULES.function(operator.truediv, torch.div, "div", "div_", torch.true_divide, operator.itruediv)(_division)
+
+add_constant = _arithmetic(torch.add)
+subtract_constant = _arithmetic(torch.sub)
+
+
+@RULES.function(operator.neg, torch.neg, "neg")
+def _negate(call: Call) -> Op:
+    return Scale(torch.tensor(-1.0), torch.tensor(0.0))
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """(height, width) from a number or a sequence."""
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
