@@ -9,6 +9,7 @@ other by one rounding error. `x` itself must lie in the pixel range.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -109,11 +110,7 @@ class Ball(ABC):
         return self.eps.to(x.device, torch.float64).expand(len(x)).reshape(shape)
 
     def _limits(self, x: Tensor, rounding: Rounding) -> tuple[float, float]:
-        if self.pixel_range is None:
-            return -math.inf, math.inf
-        low, high = torch.tensor(self.pixel_range, dtype=torch.float64).unbind()
-        up, down = _directions(rounding)
-        return _rounded(low, x.dtype, up).item(), _rounded(high, x.dtype, down).item()
+        return (-math.inf, math.inf) if self.pixel_range is None else _limits(self.pixel_range, x.dtype, rounding)
 
     def _in_range(self, x_adv: Tensor) -> Tensor:
         low, high = self.pixel_range or (-math.inf, math.inf)
@@ -282,7 +279,7 @@ def _refuse_radius(eps: float, pixel_range: tuple[float, float]) -> None:
 
 def _per_example(step: float | Tensor, x: Tensor) -> float | Tensor:
     if isinstance(step, Tensor) and step.dim():
-        return step.to(x.dtype).view((-1,) + (1,) * (x.dim() - 1))
+        return step.to(x).view((-1,) + (1,) * (x.dim() - 1))
     return step
 
 
@@ -294,6 +291,13 @@ def _l2(delta: Tensor) -> Tensor:
 def _directions(rounding: Rounding) -> tuple[Direction, Direction]:
     """How to round (lower, upper) limits."""
     return ("up", "down") if rounding == "inward" else ("down", "up")
+
+
+@functools.lru_cache(maxsize=64)
+def _limits(pixel_range: tuple[float, float], dtype: torch.dtype, rounding: Rounding) -> tuple[float, float]:
+    low, high = torch.tensor(pixel_range, dtype=torch.float64).unbind()
+    up, down = _directions(rounding)
+    return _rounded(low, dtype, up).item(), _rounded(high, dtype, down).item()
 
 
 def _shifted(x: Tensor, shift: Tensor, direction: Direction) -> Tensor:

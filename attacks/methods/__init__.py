@@ -1,0 +1,1 @@
+"""One attack a file; a file that is put here registers itself."""

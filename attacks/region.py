@@ -1,0 +1,78 @@
+"""The feasible points around a batch of examples, with whatever can be computed once for all steps of an attack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self
+
+from torch import Tensor
+
+from attacks.threat import Ball, LinfBall
+
+Unit = Literal["eps", "box"]
+"""What a step size of 1 means: the radius of the ball, or for each pixel half the width of the ball cut by the pixel
+range (which is narrower for dark and bright pixels)."""
+
+
+class Region(Protocol):
+    def project_(self, point: Tensor) -> Tensor:
+        """Move points to feasible ones, in place."""
+
+    def climb_(self, point: Tensor, gradient: Tensor, length: float) -> Tensor:
+        """Move points by a step of `length` units along the gradient and project them, in place."""
+
+    def select(self, rows: Tensor) -> Self:
+        """The region of a subset of the examples."""
+
+
+def region_around(x: Tensor, ball: Ball, unit: Unit = "eps") -> Region:
+    """Region of the ball around x; the unit "box" exists for Linf only."""
+    if not isinstance(ball, LinfBall):
+        if unit == "box":
+            raise ValueError(f"steps in units of the box need an linf ball, got {ball.norm}")
+        return NormRegion(x, ball)
+    lo, hi = ball.box(x)
+    if unit == "box":
+        return BoxRegion(lo, hi, (hi - lo) / 2)
+    return BoxRegion(lo, hi, ball.eps_of(x) if isinstance(ball.eps, Tensor) else ball.eps)
+
+
+@dataclass(frozen=True)
+class BoxRegion:
+    """The points between lo and hi; `unit` is a number, one per example [B, 1, ..., 1] or one per pixel."""
+
+    lo: Tensor
+    hi: Tensor
+    unit: float | Tensor
+
+    def project_(self, point: Tensor) -> Tensor:
+        return point.clamp_(self.lo, self.hi)
+
+    def climb_(self, point: Tensor, gradient: Tensor, length: float) -> Tensor:
+        # The inner loop of training: three passes over the pixels.
+        if isinstance(self.unit, Tensor):
+            point.addcmul_(gradient.sign(), self.unit, value=length)
+        else:
+            point.add_(gradient.sign(), alpha=length * self.unit)
+        return point.clamp_(self.lo, self.hi)
+
+    def select(self, rows: Tensor) -> BoxRegion:
+        unit = self.unit[rows] if isinstance(self.unit, Tensor) else self.unit
+        return BoxRegion(self.lo[rows], self.hi[rows], unit)
+
+
+@dataclass(frozen=True)
+class NormRegion:
+    """The points of an L2 or L1 ball around x."""
+
+    x: Tensor
+    ball: Ball
+
+    def project_(self, point: Tensor) -> Tensor:
+        return point.copy_(self.ball.project(point, self.x))
+
+    def climb_(self, point: Tensor, gradient: Tensor, length: float) -> Tensor:
+        return self.project_(point.add_(self.ball.steepest(gradient, self.ball.eps * length, at=point)))
+
+    def select(self, rows: Tensor) -> NormRegion:
+        return NormRegion(self.x[rows], self.ball.select(rows))
