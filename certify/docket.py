@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from attacks.attack import Attack
 from attacks.threat import Ball
 from certify.graph import CaptureError, Snapshot, capture
 from certify.precision import ALLOWANCES, Precision, exact_arithmetic, proves, rounding_size
@@ -38,8 +39,6 @@ class Request(NamedTuple):
 BoundMethod = Callable[[Snapshot, Region, Request], tuple[Tensor, Tensor]]
 """(network that ends in its specification, region, request) -> (lower bounds, scale of rounding), each `[B, R]`."""
 
-Propose = Callable[[nn.Module, Tensor, Tensor, Ball], Tensor]
-"""An attack: (model, x, y, ball) -> points of the ball, shaped like x."""
 
 
 @dataclass
@@ -66,10 +65,19 @@ class Docket:
     the margin (not the status) of an example that is proven while the bound of its batch is still being improved.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, ball: Ball, timeout: float = math.inf) -> None:
-        """Predict and capture. `timeout` is in seconds per example; raises ValueError as `Verifier.__call__`."""
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        ball: Ball,
+        index: Tensor | None = None,
+        timeout: float = math.inf,
+    ) -> None:
+        """Predict and capture; arguments and errors as `Verifier.__call__`. `timeout` is in seconds per example."""
         check_problem(model, x, y, ball)
         self.model, self.x, self.y, self.ball, self.timeout = model, x, y, ball, timeout
+        self.index = torch.arange(len(x)) if index is None else index
         self._networks: dict[torch.dtype, Snapshot | None] = {}
         self.cases: list[Case] = []
         if not len(x):
@@ -103,13 +111,13 @@ class Docket:
                     margin = float(case.best.min())
                     case.verdict = Verdict("certified", margin, method, case.seconds, precision=case.precision)
 
-    def falsify(self, method: str, propose: Propose, batch_size: int) -> None:
+    def falsify(self, method: str, attack: Attack, batch_size: int) -> None:
         """Try the points that an attack proposes; an example with a witness among them is falsified by `method`."""
         for index in _chunks(self.open(), batch_size):
             x, y, ball = self._select(index)
             with self._timed(index):
                 with exact_arithmetic():
-                    points = propose(self.model, x, y, ball)
+                    points = attack(self.model, x, y, ball, index=self.index[index])
                 wrong = (logits_of(self.model, points).argmax(1) != y).tolist()
             for i, point, suspected in zip(index, points, wrong, strict=True):
                 if suspected:

@@ -26,13 +26,16 @@ class Verifier(Protocol):
     complete: ClassVar[bool]
     norms: ClassVar[tuple[str, ...]]
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, ball: Ball) -> list[Verdict]:
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, index: Tensor | None = None
+    ) -> list[Verdict]:
         """One verdict per example, in order.
 
         Args:
             model: takes pixels to logits `[B, K]`; evaluated in evaluation mode and left as it was.
             x: examples `[B, *shape]` in the pixel range, on the model's device and in its precision.
             y: labels `[B]`.
+            index: numbers of the examples `[B]`, which key the noise of attacks; their positions in the batch by default.
 
         Raises:
             ValueError: input outside the pixel range, labels outside the classes, a norm that is not supported.
