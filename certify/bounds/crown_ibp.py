@@ -12,5 +12,5 @@ from certify.region import Region
 
 def crown_ibp(snapshot: Snapshot, region: Region) -> tuple[Tensor, Tensor]:
     """Lower bounds of all outputs `[B, R]` of a network that ends in its specification, and their scale of rounding."""
-    _, boxes = interval_walk(snapshot, region)
+    _, boxes = interval_walk(snapshot, region.interval())
     return crown(snapshot, region, boxes)

@@ -77,21 +77,22 @@ class _ReLUInterval(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-        ub = (center + radius).clamp_(min=0).mul_(0.5)
-        lb = (center - radius).clamp_(min=0).mul_(0.5)
-        out_radius = ub - lb
-        out_center = ub.add_(lb)
-        ctx.save_for_backward(out_center, out_radius)
-        return out_center, out_radius
+        ub = torch.add(center, radius).relu_()
+        lb = torch.sub(center, radius).relu_()
+        center = torch.lerp(lb, ub, 0.5)
+        radius = torch.sub(center, lb, out=lb)
+        ctx.save_for_backward(center, radius)
+        return center, radius
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         grad_center, grad_radius = grads
         center, radius = ctx.saved_tensors
-        # Half the gradients of both ends; a halving of lb and ub and the sum over both uses cancel to the factor 1/2.
-        upper = (grad_center + grad_radius).mul_(0.5).mul_(center > -radius)
-        lower = (grad_center - grad_radius).mul_(0.5).mul_(center > radius)
-        return upper + lower, upper.sub_(lower)
+        passes = torch.ops.aten.threshold_backward  # grad where its second argument is positive, else 0
+        upper = passes(grad_center + grad_radius, center + radius, 0)
+        lower = passes(grad_center - grad_radius, center - radius, 0)
+        grad_center = torch.lerp(lower, upper, 0.5)
+        return grad_center, torch.sub(grad_center, lower, out=lower)
 
 
 @RULES.module(nn.ReLU)

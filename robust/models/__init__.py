@@ -1,0 +1,1 @@
+"""Architectures, one family a file; each registers itself in `robust.model.MODELS`."""
