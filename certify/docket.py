@@ -40,7 +40,6 @@ BoundMethod = Callable[[Snapshot, Region, Request], tuple[Tensor, Tensor]]
 """(network that ends in its specification, region, request) -> (lower bounds, scale of rounding), each `[B, R]`."""
 
 
-
 @dataclass
 class Case:
     """What is known about one example.
@@ -143,7 +142,9 @@ class Docket:
         asked = ~torch.stack([self.cases[i].proven for i in index])
         low, proven = self._margins(index, asked, bound, self.x.dtype)
         doubtful = asked & ~proven & (low > 0)
-        some = doubtful.any(1).nonzero().flatten().tolist()
+        # Dearer arithmetic only where it can decide: an example with a target far from proven stays open anyway.
+        decisive = doubtful.any(1) & (proven | doubtful | ~asked).all(1)
+        some = decisive.nonzero().flatten().tolist()
         if some and self.x.dtype is not torch.float64 and self._network(torch.float64) is not None:
             fine, sure = self._margins([index[p] for p in some], doubtful[some], bound, torch.float64)
             low[some] = torch.where(doubtful[some], fine, low[some])
@@ -217,7 +218,7 @@ def check_problem(model: nn.Module, x: Tensor, y: Tensor, ball: Ball, norms: Seq
         raise ValueError(f"expected one label per example: x has shape {tuple(x.shape)}, y has {tuple(y.shape)}")
     others = {p.dtype for p in model.parameters() if p.is_floating_point()} - {x.dtype}
     if others:
-        raise ValueError(f"x is {x.dtype}, the model has parameters of {others.pop()}; convert one, as in model.float()")
+        raise ValueError(f"x is {x.dtype}, the model has parameters of {others.pop()}; convert one of them")
     if not bool(torch.isfinite(x).all()):
         raise ValueError("x has values that are not finite")
     low, high = ball.pixel_range or (-math.inf, math.inf)
@@ -238,7 +239,7 @@ def _check_labels(logits: Tensor, y: Tensor) -> None:
 def _captured(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Snapshot | None:
     if dtype is x.dtype:
         return capture(model, x[:1]).snapshot().without_gradient()
-    # From widened parameters: folding and reciprocals done in float32 would differ from the model by float32's rounding.
+    # From widened parameters: what capture folds in float32 differs from the model by float32's rounding.
     try:
         return capture(copy.deepcopy(model).to(dtype), x[:1].to(dtype)).snapshot().without_gradient()
     except (CaptureError, RuntimeError):  # a forward that casts to float32 itself
@@ -250,7 +251,7 @@ def _chunks(index: list[int], size: int) -> Iterator[list[int]]:
 
 
 def _padded(asked: Tensor) -> tuple[Tensor, Tensor]:
-    """(columns, whether they count): the True columns of each row `[B, R]`, the first one repeated up to the longest list."""
+    """(columns, whether they count) `[B, R]`: the True columns of each row, padded with repetitions of the first."""
     count = int(asked.sum(1).max())
     columns = asked.byte().sort(dim=1, descending=True, stable=True).indices[:, :count]
     counts = asked.gather(1, columns)

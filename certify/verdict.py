@@ -89,7 +89,8 @@ def check_witness(model: nn.Module, witness: Tensor, x: Tensor, y: Tensor, ball:
     """
     if witness.shape != x.shape or witness.dtype != x.dtype:
         raise SoundnessError(
-            f"a witness has the shape and dtype of its example: {tuple(x.shape)} {x.dtype}, got {tuple(witness.shape)} {witness.dtype}"
+            f"a witness has the shape and dtype of its example, {tuple(x.shape)} {x.dtype}; "
+            f"got {tuple(witness.shape)} {witness.dtype}"
         )
     if not bool(ball.contains(witness.unsqueeze(0), x.unsqueeze(0))):
         raise SoundnessError(

@@ -35,7 +35,7 @@ class Verifier(Protocol):
             model: takes pixels to logits `[B, K]`; evaluated in evaluation mode and left as it was.
             x: examples `[B, *shape]` in the pixel range, on the model's device and in its precision.
             y: labels `[B]`.
-            index: numbers of the examples `[B]`, which key the noise of attacks; their positions in the batch by default.
+            index: numbers of the examples `[B]`, which key the noise of attacks; positions in the batch by default.
 
         Raises:
             ValueError: input outside the pixel range, labels outside the classes, a norm that is not supported.
