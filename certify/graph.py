@@ -101,6 +101,11 @@ class Graph:
         """Shape of one example."""
         return self.steps[0].shape
 
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether any step is a BatchNorm layer."""
+        return any(isinstance(step.build(), BatchNorm) for step in self.steps[1:])
+
     def snapshot(self, statistics: Mapping[int, Statistics] | None = None) -> Snapshot:
         """Ops with today's weights; every BatchNorm becomes affine and is folded into a preceding convolution.
 

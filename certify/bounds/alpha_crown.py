@@ -36,7 +36,8 @@ def alpha_crown(
     lr: float = 0.1,
     decay: float = 0.98,
     optimise_intermediate: bool = True,
-    enough: Callable[[Tensor], bool] | None = None,
+    wanted: Tensor | None = None,
+    enough: Callable[[Tensor, Tensor], bool] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Lower bounds of all outputs `[B, R]` of a network that ends in its specification, and their scale of rounding.
 
@@ -45,7 +46,8 @@ def alpha_crown(
         iterations: ascent steps; 0 is CROWN.
         lr: Adam's step on slopes in [0, 1]; it decays by the factor `decay` per iteration.
         optimise_intermediate: optimise hidden bounds too (dearer, tighter on deep nets).
-        enough: called with the best bounds `[B, R]` so far; True ends the ascent.
+        wanted: outputs that the objective sums over, bool `[B, R]`; all where None.
+        enough: called with the best bounds so far and their scale, each `[B, R]`; True ends the ascent.
     """
     snapshot = snapshot.without_gradient()
     start = len(snapshot.nodes) - 1
@@ -60,7 +62,7 @@ def alpha_crown(
     optimiser = torch.optim.Adam(free, lr=lr)
     tight = base
     for iteration in range(iterations + 1):
-        if enough is not None and enough(best.T):
+        if enough is not None and enough(best.T, best_scale.T):
             break
         with torch.enable_grad():
             current, tight = _tightened(snapshot, region, tight, rows, alphas)
@@ -70,7 +72,8 @@ def alpha_crown(
             best = torch.where(better, low.detach(), best)
             if iteration == iterations:
                 break
-            gradients = torch.autograd.grad(-low.sum(), free, allow_unused=True)
+            objective = low.sum() if wanted is None else torch.where(wanted.T, low, 0.0).sum()
+            gradients = torch.autograd.grad(-objective, free, allow_unused=True)
         for alpha, gradient in zip(free, gradients, strict=True):
             alpha.grad = gradient
         optimiser.step()

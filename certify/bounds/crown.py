@@ -17,6 +17,7 @@ from certify.interval import Interval
 from certify.op import Activation, Box, Op
 from certify.ops.affine import Pad, Scale
 from certify.ops.max_pool import MaxPool2d
+from certify.ops.relu import ReLU
 from certify.ops.reshape import Identity, Permute, Reshape
 from certify.region import Region
 
@@ -210,16 +211,33 @@ def _mixes(op: Op) -> bool:
     return not isinstance(op, Scale | Pad | Reshape | Permute | Identity)
 
 
-def crown(snapshot: Snapshot, region: Region, boxes: Boxes | None = None) -> tuple[Tensor, Tensor]:
+def crown(
+    snapshot: Snapshot, region: Region, boxes: Boxes | None = None, alphas: Alphas | None = None
+) -> tuple[Tensor, Tensor]:
     """Lower bounds of all outputs `[B, R]` of a network that ends in its specification, and their scale of rounding.
 
     Args:
         boxes: intermediate bounds; CROWN's own where None.
+        alphas: relaxation parameters for the rows of the outputs; the adaptive choice where None.
     """
     boxes = intermediate_boxes(snapshot, region) if boxes is None else boxes
-    linear = backward(snapshot, len(snapshot.nodes) - 1, output_rows(snapshot, region), boxes)
+    linear = backward(snapshot, len(snapshot.nodes) - 1, output_rows(snapshot, region), boxes, alphas)
     low = region.minimum(linear.A, linear.constant)
     return low.T, (region.magnitude(linear.A.detach()) + linear.scale).T
+
+
+def zero_slopes(snapshot: Snapshot, boxes: Boxes) -> Alphas:
+    """Parameters that give every unstable ReLU the lower line 0; for `crown`'s outputs.
+
+    With them no row is below its interval bound on the same boxes, since the lines of the intervals are 0 and ub. The
+    adaptive choice can be far below it on networks that were trained for interval bounds (Zhang et al. 2020).
+    """
+    found = {}
+    for place, node in enumerate(snapshot.nodes):
+        if isinstance(node.op, ReLU):
+            box = boxes[node.inputs[0]]
+            found[place] = torch.zeros((1, 1, *box.lb.shape), dtype=box.lb.dtype, device=box.lb.device)
+    return found
 
 
 def output_rows(snapshot: Snapshot, region: Region) -> Tensor:

@@ -1,0 +1,258 @@
+"""The bookkeeping that verifiers share: which targets of which examples are still open."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from attacks.attack import Attack
+from attacks.threat import Ball
+from certify.graph import CaptureError, Snapshot, capture
+from certify.precision import ALLOWANCES, Precision, exact_arithmetic, proves, rounding_size
+from certify.region import Region
+from certify.spec import margin_spec
+from certify.verdict import Verdict, falsified, logits_of, refutes
+
+NORMS = ("linf", "l2", "l1")
+
+
+class Request(NamedTuple):
+    """What a bound is asked for, besides the network and the region.
+
+    Attributes:
+        wanted: rows that count, bool `[B, R]`; the others are padding and repeat a row that counts.
+        enough: whether lower bounds and their scale, each `[B, R]`, prove all rows that count, or the time is up.
+    """
+
+    wanted: Tensor
+    enough: Callable[[Tensor, Tensor], bool]
+
+
+BoundMethod = Callable[[Snapshot, Region, Request], tuple[Tensor, Tensor]]
+"""(network that ends in its specification, region, request) -> (lower bounds, scale of rounding), each `[B, R]`."""
+
+
+@dataclass
+class Case:
+    """What is known about one example.
+
+    Attributes:
+        best: best lower bound of each margin, float64 `[K - 1]`, targets ascending; -inf where there is none.
+        proven: targets that are shown to be out of reach, bool `[K - 1]`.
+    """
+
+    best: Tensor
+    proven: Tensor
+    seconds: float = 0.0
+    precision: Precision = "float32"
+    verdict: Verdict | None = None
+
+
+class Docket:
+    """The examples of one call of a verifier, from the clean prediction to their verdicts.
+
+    `prove` and `falsify` see only the examples that are not decided and, of these, the targets that are not proven.
+    What is found for an example does not depend on its neighbours in the batch, apart from rounding, time limits, and
+    the margin (not the status) of an example that is proven while the bound of its batch is still being improved.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        ball: Ball,
+        index: Tensor | None = None,
+        timeout: float = math.inf,
+    ) -> None:
+        """Predict and capture; arguments and errors as `Verifier.__call__`. `timeout` is in seconds per example."""
+        check_problem(model, x, y, ball)
+        self.model, self.x, self.y, self.ball, self.timeout = model, x, y, ball, timeout
+        self.index = torch.arange(len(x)) if index is None else index
+        self._networks: dict[torch.dtype, Snapshot | None] = {}
+        self.cases: list[Case] = []
+        if not len(x):
+            return
+        begin = time.perf_counter()
+        logits = logits_of(model, x)
+        _check_labels(logits, y)
+        self.classes = logits.shape[1]
+        self._network(x.dtype)
+        seconds = (time.perf_counter() - begin) / len(x)
+        for row, label in zip(logits.cpu(), y.tolist(), strict=True):
+            best = torch.full((self.classes - 1,), -math.inf, dtype=torch.float64)
+            case = Case(best, torch.zeros(self.classes - 1, dtype=torch.bool), seconds)
+            if not bool(torch.isfinite(row).all()):
+                case.verdict = Verdict("unknown", -math.inf, "clean", seconds)
+            elif int(row.argmax()) != label:
+                case.verdict = Verdict("misclassified", -math.inf, "clean", seconds)
+            self.cases.append(case)
+
+    def open(self) -> list[int]:
+        """Examples without a verdict that have time left."""
+        return [i for i, case in enumerate(self.cases) if case.verdict is None and case.seconds < self.timeout]
+
+    def prove(self, method: str, bound: BoundMethod, batch_size: int) -> None:
+        """Bound the open margins; an example whose last target is proven is certified by `method`."""
+        for index in _chunks(self.open(), batch_size):
+            with self._timed(index), exact_arithmetic(), torch.no_grad():
+                self._prove(index, bound)
+            for case in (self.cases[i] for i in index):
+                if bool(case.proven.all()):
+                    margin = float(case.best.min())
+                    case.verdict = Verdict("certified", margin, method, case.seconds, precision=case.precision)
+
+    def falsify(self, method: str, attack: Attack, batch_size: int) -> None:
+        """Try the points that an attack proposes; an example with a witness among them is falsified by `method`."""
+        for index in _chunks(self.open(), batch_size):
+            x, y, ball = self._select(index)
+            with self._timed(index):
+                with exact_arithmetic():
+                    points = attack(self.model, x, y, ball, index=self.index[index])
+                wrong = (logits_of(self.model, points).argmax(1) != y).tolist()
+            for i, point, suspected in zip(index, points, wrong, strict=True):
+                if suspected:
+                    self._falsify(i, point, method)
+
+    def verdicts(self, method: str) -> list[Verdict]:
+        """Verdicts in order; whoever is still open is unknown, by `method`."""
+        return [
+            case.verdict or Verdict("unknown", float(case.best.min()), method, case.seconds, precision=case.precision)
+            for case in self.cases
+        ]
+
+    def _falsify(self, i: int, point: Tensor, method: str) -> None:
+        case, (x, y, ball) = self.cases[i], self._select([i])
+        # Among its batch a point may look misclassified by a rounding error; alone it must be.
+        if refutes(self.model, point, x[0], y[0], ball):
+            margin = float(case.best.min())
+            case.verdict = falsified(
+                self.model, point, x[0], y[0], ball, method=method, seconds=case.seconds, margin_lb=margin
+            )
+
+    def _prove(self, index: list[int], bound: BoundMethod) -> None:
+        asked = ~torch.stack([self.cases[i].proven for i in index])
+        low, proven = self._margins(index, asked, bound, self.x.dtype)
+        doubtful = asked & ~proven & (low > 0)
+        # Dearer arithmetic only where it can decide: an example with a target far from proven stays open anyway.
+        decisive = doubtful.any(1) & (proven | doubtful | ~asked).all(1)
+        some = decisive.nonzero().flatten().tolist()
+        if some and self.x.dtype is not torch.float64 and self._network(torch.float64) is not None:
+            fine, sure = self._margins([index[p] for p in some], doubtful[some], bound, torch.float64)
+            low[some] = torch.where(doubtful[some], fine, low[some])
+            proven[some] |= sure
+            for place, needed in zip(some, sure.any(1).tolist(), strict=True):
+                if needed:
+                    self.cases[index[place]].precision = "float64"
+        for place, i in enumerate(index):
+            case = self.cases[i]
+            # A proven target takes the bound that proved it: an earlier, greater one may owe its value to rounding.
+            case.best = torch.where(proven[place], low[place], torch.maximum(case.best, low[place]))
+            case.proven = case.proven | proven[place]
+
+    def _margins(
+        self, index: list[int], asked: Tensor, bound: BoundMethod, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """(lower bounds, whether they prove their margin) of the margins asked for, `[B, K - 1]` on the CPU.
+
+        Where nothing was asked or the bound is nan: -inf and False.
+        """
+        x, y, ball = self._select(index)
+        network = self._network(dtype)
+        assert network is not None
+        targets, wanted = _padded(asked)
+        spec = margin_spec(y, self.classes, dtype)
+        rows = targets.to(x.device).unsqueeze(2).expand(-1, -1, self.classes)
+        snapshot, region = network.with_spec(spec.gather(1, rows)), Region.around(x.to(dtype), ball)
+        size, counts = rounding_size(snapshot, region), wanted.to(x.device)
+        deadline = time.perf_counter() + sum(self.timeout - self.cases[i].seconds for i in index)
+
+        def enough(low: Tensor, scale: Tensor) -> bool:
+            return time.perf_counter() >= deadline or bool((proves(low, scale, size) | ~counts).all())
+
+        low, scale = bound(snapshot, region, Request(counts, enough))
+        proven = (proves(low, scale, size) & counts).cpu()
+        values = torch.where(low.isnan() | ~counts, -math.inf, low.double()).cpu()
+        full = torch.full(asked.shape, -math.inf, dtype=torch.float64).scatter_reduce(1, targets, values, "amax")
+        return full, torch.zeros_like(asked, dtype=torch.uint8).scatter_reduce(1, targets, proven.byte(), "amax").bool()
+
+    def _select(self, index: list[int]) -> tuple[Tensor, Tensor, Ball]:
+        which, ball = torch.tensor(index, device=self.x.device), self.ball
+        if isinstance(ball.eps, Tensor):
+            ball = ball.select(which.to(ball.eps.device))
+        return self.x[which], self.y[which], ball
+
+    def _network(self, dtype: torch.dtype) -> Snapshot | None:
+        """The network in the precision of `dtype`; None for a wider one that the model cannot be evaluated in."""
+        if dtype not in self._networks:
+            self._networks[dtype] = _captured(self.model, self.x, dtype)
+        return self._networks[dtype]
+
+    @contextmanager
+    def _timed(self, index: list[int]) -> Iterator[None]:
+        """Share the time that the context takes equally among the cases."""
+        begin = time.perf_counter()
+        yield
+        seconds = (time.perf_counter() - begin) / len(index)
+        for i in index:
+            self.cases[i].seconds += seconds
+
+
+def check_problem(model: nn.Module, x: Tensor, y: Tensor, ball: Ball, norms: Sequence[str] = NORMS) -> None:
+    """Raise ValueError for a problem that makes no sense; one line that says what was expected."""
+    if ball.norm not in norms:
+        raise ValueError(f"the threat model is an {ball.norm} ball; this verifier knows {', '.join(norms)}")
+    if x.dtype not in ALLOWANCES:
+        raise ValueError(f"x is {x.dtype}; verdicts need float32 or float64 images (and a model of that precision)")
+    if x.dim() < 2:
+        raise ValueError(f"x must be a batch [B, ...], got shape {tuple(x.shape)}")
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"expected one label per example: x has shape {tuple(x.shape)}, y has {tuple(y.shape)}")
+    others = {p.dtype for p in model.parameters() if p.is_floating_point()} - {x.dtype}
+    if others:
+        raise ValueError(f"x is {x.dtype}, the model has parameters of {others.pop()}; convert one of them")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("x has values that are not finite")
+    low, high = ball.pixel_range or (-math.inf, math.inf)
+    if len(x) and not (low <= float(x.min()) and float(x.max()) <= high):
+        raise ValueError(
+            f"x has values from {float(x.min()):g} to {float(x.max()):g}, outside the pixel range [{low:g}, {high:g}]; "
+            "give pixels, and let the model's first layer normalise"
+        )
+
+
+def _check_labels(logits: Tensor, y: Tensor) -> None:
+    if logits.dim() != 2 or logits.shape[0] != len(y) or logits.shape[1] < 2:
+        raise ValueError(f"the model must return logits [B, K] with K >= 2, got shape {tuple(logits.shape)}")
+    if not 0 <= int(y.min()) <= int(y.max()) < logits.shape[1]:
+        raise ValueError(f"labels from {int(y.min())} to {int(y.max())}, but the model has {logits.shape[1]} classes")
+
+
+def _captured(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Snapshot | None:
+    if dtype is x.dtype:
+        return capture(model, x[:1]).snapshot().without_gradient()
+    # From widened parameters: what capture folds in float32 differs from the model by float32's rounding.
+    try:
+        return capture(copy.deepcopy(model).to(dtype), x[:1].to(dtype)).snapshot().without_gradient()
+    except (CaptureError, RuntimeError):  # a forward that casts to float32 itself
+        return None
+
+
+def _chunks(index: list[int], size: int) -> Iterator[list[int]]:
+    return (index[begin : begin + size] for begin in range(0, len(index), size))
+
+
+def _padded(asked: Tensor) -> tuple[Tensor, Tensor]:
+    """(columns, whether they count) `[B, R]`: the True columns of each row, padded with repetitions of the first."""
+    count = int(asked.sum(1).max())
+    columns = asked.byte().sort(dim=1, descending=True, stable=True).indices[:, :count]
+    counts = asked.gather(1, columns)
+    return torch.where(counts, columns, columns[:, :1]), counts

@@ -1,0 +1,44 @@
+"""What a verifier is, and their registry."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from attacks.registry import Registry
+from attacks.threat import Ball
+from certify.verdict import Verdict
+
+VERIFIERS = Registry("verifier", "certify.verifiers")
+
+
+class Verifier(Protocol):
+    """A frozen dataclass of hyper-parameters that decides examples, without state between calls.
+
+    Class facts:
+        sound: a certified example has no adversarial point (`certify.precision` says what that means for rounding).
+        complete: with enough time every example is decided.
+        norms: threat models that it accepts.
+    """
+
+    sound: ClassVar[bool]
+    complete: ClassVar[bool]
+    norms: ClassVar[tuple[str, ...]]
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, index: Tensor | None = None
+    ) -> list[Verdict]:
+        """One verdict per example, in order.
+
+        Args:
+            model: takes pixels to logits `[B, K]`; evaluated in evaluation mode and left as it was.
+            x: examples `[B, *shape]` in the pixel range, on the model's device and in its precision.
+            y: labels `[B]`.
+            index: numbers of the examples `[B]`, which key the noise of attacks; positions in the batch by default.
+
+        Raises:
+            ValueError: input outside the pixel range, labels outside the classes, a norm that is not supported.
+            UnsupportedOp, CaptureError: a model without bound rules.
+        """
+        ...

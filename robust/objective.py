@@ -1,0 +1,46 @@
+"""Registry of training objectives, and what several of them share.
+
+An objective is a frozen dataclass that maps the views of a mini-batch to named terms, one value per example each. The
+loss is the sum of the terms' batch means; every term is logged.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from attacks.registry import Registry
+from robust.views import Views
+
+OBJECTIVES = Registry("objective", "robust.objectives")
+
+
+class Objective(Protocol):
+    """Frozen dataclass of hyper-parameters."""
+
+    def __call__(self, views: Views) -> dict[str, Tensor]:
+        """Terms of the loss, each `[B]`."""
+        ...
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy per example, `[B]`."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def certified_cross_entropy(margins: Tensor, y: Tensor) -> Tensor:
+    """Upper bound of the cross-entropy over the box, `[B]`, from lower bounds of the margins `[B, K]` (0 in column y).
+
+    log(1 + sum_k exp(-m_k)): the softmax is taken after bounding (Gowal et al. 2018, eq. 12).
+    """
+    return cross_entropy(-margins, y)
+
+
+def mixed(views: Views, robust_weight: float, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """(1 - w) clean cross-entropy + w terms; the clean term is left out where its weight is 0."""
+    weighted = {name: value if robust_weight == 1 else robust_weight * value for name, value in terms.items()}
+    if robust_weight == 1:
+        return weighted
+    return {"clean": (1 - robust_weight) * cross_entropy(views.clean, views.y), **weighted}

@@ -1,0 +1,44 @@
+"""Exp-IBP: geometric combination of losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from attacks.attack import ATTACKS, Attack
+from attacks.registry import method_field
+from robust.objective import OBJECTIVES, certified_cross_entropy, cross_entropy, mixed
+from robust.training_attack import SABR_PGD, BatchNormStatistics, adversarial
+from robust.views import Views
+
+SMALLEST_LOSS = 1e-12
+"""Losses are raised to powers below 1, whose gradient is infinite at 0."""
+
+
+@OBJECTIVES.register("exp_ibp")
+@dataclass(frozen=True)
+class ExpIBP:
+    """CE(interval bounds)^a CE(z(x_adv))^(1 - a), powers of the batch means (De Palma et al. 2024, eq. 7).
+
+    Args:
+        ibp_weight: the coefficient a (alpha in the paper). 0 is adversarial training, 1 is IBP.
+        attack: inner search.
+        attack_factor: the attack's radius as a multiple of the step's (2.1 for CIFAR-10 at 2/255).
+        robust_weight: weight of the term; the rest goes to the clean term.
+        statistics: BatchNorm statistics under the attack.
+    """
+
+    ibp_weight: float = 0.5
+    attack: Attack = method_field(ATTACKS, SABR_PGD)
+    attack_factor: float = 1.0
+    robust_weight: float = 1.0
+    statistics: BatchNormStatistics = "batch"
+
+    def __call__(self, views: Views) -> dict[str, Tensor]:
+        x_adv = adversarial(views, self.attack, self.attack_factor, self.statistics)
+        bounds = certified_cross_entropy(views.margins(views.box), views.y).mean().clamp(min=SMALLEST_LOSS)
+        attacked = cross_entropy(views.snapshot(x_adv), views.y).mean().clamp(min=SMALLEST_LOSS)
+        loss = bounds**self.ibp_weight * attacked ** (1 - self.ibp_weight)
+        # Both papers' codes raise the batch means, so every example carries the batch's value.
+        return mixed(views, self.robust_weight, {"exp_ibp": loss.expand(len(views.y))})

@@ -1,0 +1,97 @@
+"""Tightness and ReLU balance of fast certified training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from certify.op import Box
+from certify.ops.affine import Conv2d, Linear
+from certify.ops.relu import ReLU
+from robust.regularizer import REGULARIZERS
+from robust.relu_shrinkage import ShrunkReLU
+from robust.views import Bounded, Views
+
+TOLERANCE = 0.5
+SMALLEST_EPS = 1e-6
+"""Radius of the box that is regularised while the schedule is still at 0."""
+
+
+@REGULARIZERS.register("shi")
+@dataclass(frozen=True)
+class Shi:
+    """weight * (1 - eps/eps_final) * (tightness + ReLU balance), until the radius ramp ends (Shi et al. 2021, eq. 8-10).
+
+    The boxes are those of the objective's own interval propagation (SABR's small box for SABR).
+
+    Args:
+        weight: lambda_0; 0.5 on MNIST and CIFAR-10, 0.2 on TinyImageNet and ImageNet64.
+    """
+
+    weight: float = 0.5
+
+    needs_boxes: ClassVar[bool] = True
+
+    def __call__(self, views: Views) -> dict[str, Tensor]:
+        if views.ramp >= 1:
+            return {}
+        if not views.bounded:
+            tiny = replace(views.box, radius=torch.full_like(views.x, SMALLEST_EPS), center=views.x)
+            views.walk(views.snapshot, tiny)
+        bounded = views.bounded[0]
+        boxes = _relu_boxes(bounded)
+        share = self.weight * (1 - views.eps_fraction)
+        return {
+            "tightness": share * tightness(boxes, _first_radius(bounded)),
+            "relu_balance": share * relu_balance(boxes),
+        }
+
+
+def tightness(boxes: list[Box], first_radius: Tensor) -> Tensor:
+    """Mean over layers of max(0, tol - r_0 / r_l) / tol, r the mean radius of a layer's pre-activations."""
+    radii = torch.stack([((box.ub - box.lb) / 2).mean() for box in boxes])
+    return ((TOLERANCE - first_radius / radii.clamp(min=1e-12)).clamp(min=0) / TOLERANCE).mean()
+
+
+def relu_balance(boxes: list[Box]) -> Tensor:
+    """Mean over layers of how unevenly active and inactive neurons share the centres' mean and variance.
+
+    A layer without active or without inactive neurons counts 0.
+    """
+    return torch.stack([_balance(box) for box in boxes]).mean()
+
+
+def _balance(box: Box) -> Tensor:
+    center = (box.lb + box.ub) / 2
+    active, inactive = (box.lb > 0).to(center.dtype), (box.ub < 0).to(center.dtype)
+    spread = (center - center.mean()).square()
+    total = center.new_zeros(())
+    for above, below in (
+        ((center * active).mean(), -(center * inactive).mean()),
+        ((spread * active).sum(), (spread * inactive).sum()),
+    ):
+        usable = (above > 0) & (below > 0)
+        # Both branches of where() are differentiated: guard the quotient itself.
+        ratio = torch.where(usable, above, 1.0) / torch.where(usable, below, 1.0)
+        even = torch.minimum(ratio, 1 / ratio.clamp(min=1e-12))
+        total = total + torch.where(usable, (TOLERANCE - even).clamp(min=0) / TOLERANCE, 0.0)
+    return total
+
+
+def _relu_boxes(bounded: Bounded) -> list[Box]:
+    nodes = bounded.snapshot.nodes
+    places = [node.inputs[0] for node in nodes if isinstance(node.op, ReLU | ShrunkReLU)]
+    return [bounded.boxes[place] for place in places]
+
+
+def _first_radius(bounded: Bounded) -> Tensor:
+    """Mean radius of the input as the first weight layer sees it, that is after normalisation."""
+    value = bounded.start
+    for node in bounded.snapshot.nodes[1:]:
+        if isinstance(node.op, Conv2d | Linear):
+            break
+        value = node.op.interval(value)
+    return value.radius.mean()

@@ -1,0 +1,32 @@
+"""Schedules: step -> factor in [0, 1], for the perturbation radius and for the learning rate."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from attacks.registry import Registry
+
+SCHEDULES = Registry("schedule", "robust.schedules")
+
+
+class Schedule(Protocol):
+    """Frozen dataclass of epochs; epochs are counted from 0 and may be fractions."""
+
+    def __call__(self, step: int, steps_per_epoch: int, epochs: int) -> float:
+        """Factor in force at optimiser step `step` (counted from 0) of a run of `epochs` epochs."""
+        ...
+
+
+class Ramp(Schedule, Protocol):
+    """A schedule that rises from 0 to 1 between two moments."""
+
+    start: float
+    end: float
+
+
+def ramp_progress(schedule: Schedule, step: int, steps_per_epoch: int) -> float:
+    """Share of the ramp's steps that lie behind, in [0, 1]; 1 for a schedule without a ramp."""
+    start, end = getattr(schedule, "start", 0.0), getattr(schedule, "end", 0.0)
+    if end <= start:
+        return 1.0
+    return min(max((step / steps_per_epoch - start) / (end - start), 0.0), 1.0)

@@ -1,0 +1,27 @@
+"""Attacks inside a training step: which network they climb and which presets papers use."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from attacks.attack import Attack
+from attacks.methods.pgd import PGD
+from robust.views import Views
+
+BatchNormStatistics = Literal["batch", "running"]
+"""Statistics under an attack: those of the clean batch (CTBench), or the running ones (SABR, expressive losses)."""
+
+SABR_PGD = PGD(steps=8, step_size=0.5, decay=0.1, decay_at=(0.5, 0.8, 0.9), unit="box", keep="best", mode="keep")
+"""SABR's search (Mueller et al. 2023): 8 steps of half the box's half-width, decaying; the point of largest loss."""
+
+SINGLE_STEP = PGD(steps=1, step_size=10.0, unit="box", keep="last", mode="keep")
+"""The expressive losses' search (De Palma et al. 2024): one step from a random start that ends in a corner."""
+
+
+def adversarial(views: Views, attack: Attack, factor: float = 1.0, statistics: BatchNormStatistics = "batch") -> Tensor:
+    """Points that the attack finds in the ball of `factor` times the step's radius, `[B, C, H, W]`, detached."""
+    network = views.running if statistics == "running" else views.frozen
+    ball = views.ball if factor == 1 else views.ball.scaled(factor)
+    return attack(network, views.x, views.y, ball, generator=views.generator)
