@@ -13,19 +13,18 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from certify.verdict import SoundnessError, Status
 from robust.files import encode, read_json_lines, write_whole
 from robust.wilson import wilson_interval
 
-Status = Literal["certified", "falsified", "unknown", "misclassified"]
+# From the best outcome to the worst, the order of tables and pictures.
 STATUSES: tuple[Status, ...] = ("certified", "unknown", "falsified", "misclassified")
 
+NO_CLASS = -1
+
 ROWS_FILE = "rows.jsonl"
-
-
-class SoundnessError(RuntimeError):
-    """One example is certified and attacked: the proof or the witness is wrong, and no number can be trusted."""
 
 
 class ReportError(ValueError):
@@ -38,7 +37,8 @@ class Row:
 
     Attributes:
         index: position in the data set's split.
-        label, predicted: classes; `predicted`, of the clean image, differs from `label` exactly where misclassified.
+        label, predicted: classes; `predicted`, of the clean image, differs from `label` exactly where misclassified;
+            NO_CLASS where a logit was not finite.
         status: verdict.
         method: stage that decided, as text.
         margin_lb: proved lower bound of the smallest margin over the ball, None where nothing finite was proved.

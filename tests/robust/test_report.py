@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from certify.verdict import SoundnessError
 from robust.files import encode
-from robust.report import Report, ReportError, Row, SoundnessError, read_row
+from robust.report import Report, ReportError, Row, read_row
 
 HEADER = {"model": "mlp", "ball": {"norm": "linf", "eps": 8 / 255}}
 
