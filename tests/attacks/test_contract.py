@@ -226,6 +226,23 @@ def test_more_restarts_never_fool_fewer_examples(text, norm, small_net, examples
     assert 0 < before.sum() < 60
 
 
+@pytest.mark.parametrize(
+    "text", ["pgd:steps=1", "pgd:steps=1,keep=best", "margin_pgd:steps=1", "apgd:steps=1", "apgd_t:steps=1"]
+)
+def test_every_restart_starts_elsewhere(text, small_net, examples):
+    net, x, _ = problem(small_net, examples)
+    y = net(x).argmax(1)
+    seen = []
+    handle = net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][:7].clone()))
+    attack = ATTACKS.parse(text)
+    type(attack)(**{**vars(attack), "restarts": 3})(net, x, y, make_ball("linf", 1e-3))
+    handle.remove()
+    starts = seen if "keep" in text else seen[1:]  # the first pass classifies the clean points
+    starts = starts[::2]  # one step: a start, an end
+    distinct = {tuple(start[0].flatten().tolist()) for start in starts}
+    assert len(starts) >= 3 and len(distinct) == len(starts)
+
+
 def test_a_saturated_cross_entropy_stops_pgd_but_not_the_margin_losses(examples):
     # Logit gaps of 1e4 and more: in float32 the softmax is exactly one-hot and the cross-entropy has no slope at all.
     torch.manual_seed(0)

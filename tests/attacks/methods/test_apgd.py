@@ -7,7 +7,7 @@ import torch
 
 from attacks.ascent import Task
 from attacks.losses import LOSSES, cross_entropy, dlr
-from attacks.methods.apgd import APGD, APGDT, checkpoints, climb, start_on_border
+from attacks.methods.apgd import APGD, APGDT, _Climber, checkpoints, climb, start_on_border
 from attacks.noise import streams
 from attacks.threat import L2Ball, LinfBall
 
@@ -55,14 +55,28 @@ def test_a_batched_run_follows_the_plain_algorithm_example_by_example(ball, loss
     net, x = small_net(dtype=torch.float64), examples(12, dtype=torch.float64)
     y = net(x).argmax(1)
     start = start_on_border(x, ball, streams(0, range(12)))
-    points, scores = climb(net, loss, Task(x, (y,), ball), start.clone(), steps=60)
+    points, scores = climb(net, loss, Task(x, (y,), ball), start.clone(), steps=100)
     held = scores.isfinite()
     assert held.sum() >= 4
     for i in held.nonzero().flatten().tolist():
         row = slice(i, i + 1)
-        point, value = plain_run(net, loss, x[row], y[row], ball, start[row], steps=60)
+        point, value = plain_run(net, loss, x[row], y[row], ball, start[row], steps=100)
         torch.testing.assert_close(points[row], point, atol=1e-7, rtol=0)
         assert scores[i].item() == pytest.approx(value, abs=1e-7)
+
+
+def test_a_period_with_exactly_three_rises_in_four_halves_the_step(examples):
+    x = examples(2)
+    task = Task(x, (torch.zeros(2, dtype=torch.long),), LinfBall(0.1))
+    state = _Climber.begin(lambda x: x.flatten(1), cross_entropy, task, x.clone(), "float32")
+    state.rises = torch.tensor([12.0, 13.0])
+    state.judge(period=16)
+    torch.testing.assert_close(state.step, torch.tensor([0.1, 0.2]))
+    assert state.halved.tolist() == [True, False]
+    # Without a rise of the best loss, the step that was kept is halved too; the one just halved gets a second period.
+    state.rises = torch.tensor([16.0, 16.0])
+    state.judge(period=16)
+    torch.testing.assert_close(state.step, torch.tensor([0.1, 0.1]))
 
 
 def test_a_start_lies_on_the_border_of_the_ball():
