@@ -56,7 +56,7 @@ def images() -> MemoryImages:
 
 def test_the_folder_holds_rows_summary_pictures_and_page(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
-    log.write_text(encode({"epoch": 1, "clean_accuracy": 0.5, "loss": 2.0}) + '\n{"epoch": 2, "cl')
+    log.write_text(encode({"epoch": 1, "validation/clean": 50.0, "loss/total": 2.0}) + '\n{"epoch": 2, "cl')
     curve = EpsCurve("linf", (0.0, 8 / 255), (0.5, 0.25), (0.5, 0.5), 0.75, 12)
     page = write_report(report(), tmp_path / "run", images=images(), log=log, curve=curve)
     assert page == tmp_path / "run" / "report.html"
