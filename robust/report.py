@@ -217,6 +217,11 @@ class Report:
         records = [header_record(self.header), *map(dataclasses.asdict, self.rows)]
         write_whole(rows_path(path), "".join(encode(record) + "\n" for record in records))
 
+    @property
+    def verified(self) -> bool:
+        """Whether a verifier ran; without one, nothing is certified because nobody tried."""
+        return self.header.get("verifier", "") is not None
+
     def summary(self) -> Summary:
         """Rates with counts and intervals; defined for an empty report, too."""
         labels = sorted({row.label for row in self.rows})

@@ -117,6 +117,14 @@ def test_every_report_has_a_page(tmp_path: Path, given: Report) -> None:
     assert "nan" not in text
 
 
+def test_a_report_of_an_attack_alone_claims_nothing_about_certificates(tmp_path: Path) -> None:
+    rows = tuple(row for row in report().rows if row.status != "certified")
+    page = write_report(Report({**HEADER, "verifier": None, "attack": "pgd"}, rows), tmp_path).read_text()
+    text = " ".join(Tags(page).text.split())
+    assert "Certified accuracy" not in text and "What is certified" not in text
+    assert "No verifier ran, so the accuracy under attack is an upper bound" in text
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(0.5, "50.0 %"), (0.0, "0.0 %"), (1.0, "100.0 %"), (0.99995, "99.995 %"), (float("nan"), "-")]
 )
