@@ -85,6 +85,9 @@ class Views:
     @cached_property
     def running(self) -> Snapshot:
         """The network as in evaluation, with running statistics, without gradients to the parameters."""
+        if self.graph.has_batch_norm:
+            # The clean pass moves the running statistics: what is asked for first must not decide which ones these are.
+            _ = self._clean_pass
         return self.graph.snapshot().without_gradient()
 
     @cached_property
