@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ PER_EXAMPLE = [name for name in OBJECTIVES.names() if name not in ("exp_ibp", "t
 
 
 def without_noise(name: str) -> object:
-    fields = getattr(OBJECTIVES[name], "__dataclass_fields__")
+    fields = {field.name for field in dataclasses.fields(OBJECTIVES[name])}
     return OBJECTIVES[name](**({"attack": oracle.Fixed()} if "attack" in fields else {}))
 
 
@@ -180,9 +181,8 @@ def test_boxes_of_every_propagation_are_noted_on_request_only(model):
         views.margins(views.box)
     assert quiet.bounded == []
     (bounded,) = noted.bounded
-    expected = oracle.hidden_boxes(
-        oracle.segments(model, oracle.clean_pass(model, x)[1]), *oracle.pixel_box(x, EPS)
-    )[:-1]
+    stretches = oracle.segments(model, oracle.clean_pass(model, x)[1])
+    expected = oracle.hidden_boxes(stretches, *oracle.pixel_box(x, EPS))[:-1]
     assert len(bounded.boxes) == len(expected)
     for (lb, ub), (low, high) in zip(bounded.boxes.values(), expected, strict=True):
         torch.testing.assert_close(lb.flatten(1), low)

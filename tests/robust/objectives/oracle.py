@@ -39,6 +39,9 @@ def small_net(batch_norm: bool = False, seed: int = 0, hidden: int = 2) -> nn.Se
     model = nn.Sequential(*layers, nn.Linear(width, CLASSES)).double()
     with torch.no_grad():
         for layer in model:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                # Fresh weights are so small that boxes hardly differ from points.
+                layer.weight *= 2
             if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
                 for value in (layer.weight, layer.bias, layer.running_mean):
                     value.normal_()
