@@ -18,7 +18,7 @@ def model(request):
 
 
 def bounds_of(model, x, y, eps=EPS):
-    """(interval lower, interval upper, CROWN lower) bounds of the margins and a bound of rows of the caller's choice."""
+    """Interval lower and upper bounds of the margins, and a function that gives the CROWN lower bounds of any rows."""
     _, stats = oracle.clean_pass(model, x)
     stretches, box = oracle.segments(model, stats), oracle.pixel_box(x, eps)
     boxes = oracle.hidden_boxes(stretches, *box)
@@ -48,7 +48,8 @@ def margins_oracle(model, x, y, beta, eps=EPS):
 
 @pytest.mark.parametrize("fused", [False, True], ids=["margins", "fused"])
 @pytest.mark.parametrize(
-    ("end", "fraction", "beta"), [(0.0, 0.0, 1.0), (0.0, 0.25, 0.75), (1.0, 0.25, 1.0), (1.0, 1.0, 1.0), (0.5, 0.8, 0.6)]
+    ("end", "fraction", "beta"),
+    [(0.0, 0.0, 1.0), (0.0, 0.25, 0.75), (1.0, 0.25, 1.0), (1.0, 1.0, 1.0), (0.5, 0.8, 0.6)],
 )
 def test_values_and_gradients_agree_with_the_dense_oracle(model, fused, end, fraction, beta):
     x, y = oracle.images(batch=3)

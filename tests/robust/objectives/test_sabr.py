@@ -33,9 +33,7 @@ def fixed_point(x, eps=EPS):
 
 def test_a_box_as_large_as_the_ball_is_interval_training(model):
     x, y = oracle.images()
-    found, expected = (
-        objective(oracle.views_of(model, x, y, EPS)) for objective in (SABR(box_ratio=1.0), ShiIBP())
-    )
+    found, expected = (objective(oracle.views_of(model, x, y, EPS)) for objective in (SABR(box_ratio=1.0), ShiIBP()))
     torch.testing.assert_close(found["sabr"], expected["ibp"])
     oracle.assert_same_gradients(
         oracle.gradients(oracle.loss_of(found), model), oracle.gradients(oracle.loss_of(expected), model)

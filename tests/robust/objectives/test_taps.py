@@ -101,7 +101,7 @@ def test_connector_stays_finite_in_a_box_without_width_and_sums_over_points():
 
 
 def connected(points, low, high):
-    """Points as a function of the box's ends whose derivative is the connector's, written with detached coefficients."""
+    """Points as a function of the box's ends with the connector's derivative, written with detached coefficients."""
     width = (high - low).detach()
     half = (width / 2).clamp(min=1e-5)
     above = (points >= high.detach() - width / 2) * (points - (high.detach() - width / 2)).clamp(min=0.5e-5) / half
@@ -118,7 +118,7 @@ def test_value_and_gradient_of_the_product_agree_with_the_oracle(model, relus, s
     stretches, low, high = latent_of(model, x, relus, shrink)
     # Where the attack ends is taken from the suite; its quality has a test of its own.
     views = oracle.views_of(model, x, y, EPS)
-    features, classifier = split_before_relus(views.snapshot, relus)
+    _, classifier = split_before_relus(views.snapshot, relus)
     box = Interval.from_box(*(end.detach().view(len(x), *classifier.nodes[0].shape) for end in (low, high)))
     points = LatentAttack(5, 1)(classifier.without_gradient(), box, y, torch.Generator().manual_seed(0)).flatten(2)
     linked = connected(points, low.unsqueeze(1), high.unsqueeze(1))
@@ -158,9 +158,7 @@ def test_staps_on_the_whole_ball_is_taps(model, relus):
     fields = {"classifier_relus": relus, "steps": 4, "restarts": 2, "gradient_scale": 3.0, "relu_shrink": 0.9}
     taps = TAPS(**fields, robust_weight=0.7)(oracle.views_of(model, x, y, EPS))
     # The search around the input takes no noise here, so that both latent attacks draw the same.
-    staps = STAPS(box_ratio=1.0, attack=oracle.Fixed(), **fields, robust_weight=0.7)(
-        oracle.views_of(model, x, y, EPS)
-    )
+    staps = STAPS(box_ratio=1.0, attack=oracle.Fixed(), **fields, robust_weight=0.7)(oracle.views_of(model, x, y, EPS))
     torch.testing.assert_close(taps, staps)
     oracle.assert_same_gradients(
         oracle.gradients(oracle.loss_of(taps), model), oracle.gradients(oracle.loss_of(staps), model)
@@ -178,7 +176,7 @@ def test_taps_loss_lies_between_attacked_points_and_bounds(model):
 
 @pytest.fixture
 def latent(model):
-    """(classifier, box, labels, margins of points `[B, K - 1, n]` to their classes) of a network with two latent ReLUs."""
+    """(classifier with two ReLUs, box, labels, function from points `[B, K - 1, ...]` to their margins `[B, K - 1]`)."""
     x, y = oracle.images()
     views = oracle.views_of(model, x, y, 0.15)
     with torch.no_grad():
