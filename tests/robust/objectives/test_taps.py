@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from certify.graph import capture
+from certify.graph import Snapshot, capture
 from certify.interval import Interval
 from certify.spec import other_classes
 from robust.objectives.sabr import SABR
@@ -176,7 +178,7 @@ def test_taps_loss_lies_between_attacked_points_and_bounds(model):
 
 @pytest.fixture
 def latent(model):
-    """(classifier with two ReLUs, box, labels, function from points `[B, K - 1, ...]` to their margins `[B, K - 1]`)."""
+    """(classifier with two ReLUs, box, labels, function: points `[B, K - 1, ...]` -> their margins `[B, K - 1]`)."""
     x, y = oracle.images()
     views = oracle.views_of(model, x, y, 0.15)
     with torch.no_grad():
@@ -225,23 +227,33 @@ def test_every_margin_has_a_point_of_its_own(latent):
         assert own.mean() < margins(points.roll(t, 1)).mean() - 0.1
 
 
-def test_latent_attack_on_a_linear_classifier_finds_the_exact_minimum():
+@pytest.fixture
+def linear():
+    """(dense classifier of five latent neurons, box, labels, signs of every margin's rows `[B, K - 1, 5]`)."""
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(5, 4)).double()
-    snapshot = capture(model, torch.zeros(2, 5, 1).double()).snapshot()
-    classifier = type(snapshot)(
-        (snapshot.nodes[2], type(snapshot.nodes[3])("out", snapshot.nodes[3].op, (0,), (4,)))
-    ).without_gradient()
+    nodes = capture(model, torch.zeros(2, 5, 1).double()).snapshot().nodes
+    classifier = Snapshot((nodes[2], replace(nodes[3], inputs=(0,)))).without_gradient()
     low = torch.rand(3, 5, generator=generator, dtype=torch.float64)
-    box, y = Interval.from_box(low, low + 0.5), torch.tensor([0, 3, 1])
+    y, weight = torch.tensor([0, 3, 1]), model[2].weight.detach()
+    signs = [[(weight[k] - weight[j]).sign() for j in range(4) if j != k] for k in y.tolist()]
+    return classifier, Interval.from_box(low, low + 0.5), y, torch.stack([torch.stack(rows) for rows in signs])
+
+
+def test_latent_attack_on_a_linear_classifier_finds_the_exact_minimum(linear):
+    classifier, box, y, signs = linear
     # Five steps of 0.4 widths cross the box from anywhere, and the best corner of a linear function is known.
-    points = LatentAttack(5, 1)(classifier, box, y, generator)
-    weight = model[2].weight.detach()
-    for b, label in enumerate(y.tolist()):
-        others = [k for k in range(4) if k != label]
-        for t, k in enumerate(others):
-            row = weight[label] - weight[k]
-            torch.testing.assert_close(points[b, t], torch.where(row > 0, box.lb[b], box.ub[b]))
+    points = LatentAttack(5, 1)(classifier, box, y, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(points, torch.where(signs > 0, box.lb.unsqueeze(1), box.ub.unsqueeze(1)))
+
+
+def test_a_latent_step_is_measured_in_whole_widths_of_the_box(linear, monkeypatch):
+    classifier, box, y, signs = linear
+    monkeypatch.setattr(LatentAttack, "lengths", lambda self: [0.1, 0.05])
+    points = LatentAttack(2, 1)(classifier, box, y, torch.Generator().manual_seed(1))
+    noise = torch.rand(signs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    share = ((noise - 0.1 * signs).clamp(0, 1) - 0.05 * signs).clamp(0, 1)
+    torch.testing.assert_close(points, box.lb.unsqueeze(1) + 0.5 * share)
 
 
 @pytest.mark.parametrize(
