@@ -229,7 +229,7 @@ def conv2d(
         if any(t % 2 for t in total):
             raise ValueError("padding='same' with an even kernel pads unevenly; use an explicit nn.ZeroPad2d")
         padding = (total[0] // 2, total[1] // 2)
-    return Conv2d(weight, bias, pair(stride), pair(padding), spread, groups, in_shape)  # type: ignore[arg-type]
+    return Conv2d(weight, bias, pair(stride), pair(padding), spread, groups, in_shape)
 
 
 @RULES.module(nn.Conv2d)
@@ -307,7 +307,7 @@ def _arithmetic(combine: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Call],
 def _division(call: Call) -> Op:
     if not isinstance(call.args[0], Traced):
         raise call.refuse("division of a constant by a value is not affine")
-    left, right = call.args[:2]
+    right = call.args[1]
     return Scale(1 / _float(right), torch.zeros_like(_float(right)))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from certify.bounds.interval import interval_walk
-from certify.op import Box
+from certify.op import AnyBox
 from certify.ops.affine import Conv2d, Linear
 from certify.ops.relu import ReLU
 from robust.regularizer import REGULARIZERS
@@ -49,13 +49,13 @@ class Shi:
         }
 
 
-def tightness(boxes: list[Box], first_radius: Tensor) -> Tensor:
+def tightness(boxes: list[AnyBox], first_radius: Tensor) -> Tensor:
     """Mean over layers of max(0, tol - r_0 / r_l) / tol, r the mean radius of a layer's pre-activations."""
     radii = torch.stack([((box.ub - box.lb) / 2).mean() for box in boxes])
     return ((TOLERANCE - first_radius / radii.clamp(min=1e-12)).clamp(min=0) / TOLERANCE).mean()
 
 
-def relu_balance(boxes: list[Box]) -> Tensor:
+def relu_balance(boxes: list[AnyBox]) -> Tensor:
     """Mean over layers of how unevenly active and inactive neurons share the centres' mean and variance.
 
     A layer without active or without inactive neurons counts 0.
@@ -63,7 +63,7 @@ def relu_balance(boxes: list[Box]) -> Tensor:
     return torch.stack([_balance(box) for box in boxes]).mean()
 
 
-def _balance(box: Box) -> Tensor:
+def _balance(box: AnyBox) -> Tensor:
     center = (box.lb + box.ub) / 2
     active, inactive = (box.lb > 0).to(center.dtype), (box.ub < 0).to(center.dtype)
     spread = (center - center.mean()).square()
@@ -90,7 +90,7 @@ def _regularized(views: Views) -> Bounded:
     return Bounded(views.snapshot, box, interval_walk(views.snapshot, box)[1])
 
 
-def _relu_boxes(bounded: Bounded) -> list[Box]:
+def _relu_boxes(bounded: Bounded) -> list[AnyBox]:
     nodes = bounded.snapshot.nodes
     places = [node.inputs[0] for node in nodes if isinstance(node.op, ReLU | ShrunkReLU)]
     return [bounded.boxes[place] for place in places]
