@@ -29,15 +29,18 @@ SINGLE_STEP = PGD(steps=1, step_size=10.0, unit="box", keep="last", mode="keep")
 
 def adversarial(views: Views, attack: Attack, factor: float = 1.0, statistics: BatchNormStatistics = "batch") -> Tensor:
     """Points that the attack finds in the ball of `factor` times the step's radius, `[B, C, H, W]`, detached."""
-    network = views.running if statistics == "running" else views.frozen
-    if getattr(attack, "precision", "float32") == "bfloat16":
-        network = _cast_weights(network)
+    network = with_weights_in(views.running if statistics == "running" else views.frozen, attack)
     ball = views.ball if factor == 1 else views.ball.scaled(factor)
     return attack(network, views.x, views.y, ball, generator=views.generator)
 
 
-def _cast_weights(network: Snapshot) -> Snapshot:
-    """Weight layers in bfloat16: autocast would convert them anew at every step of the attack."""
+def with_weights_in(network: Snapshot, attack: Attack) -> Snapshot:
+    """The network with the weights of its layers in the arithmetic that the attack asks for.
+
+    Autocast would convert them anew at every step of the attack.
+    """
+    if getattr(attack, "precision", "float32") == "float32":
+        return network
     nodes = (
         replace(node, op=cast_tensors(node.op, torch.bfloat16)) if isinstance(node.op, Conv2d | Linear) else node
         for node in network.nodes

@@ -8,7 +8,7 @@ that is busy for a while does not decide. On a CPU the time is the process's own
 clearing the gradients, attack, bounds, loss and backward pass at the full radius with all loss terms active; "update"
 is clipping the gradient and a fused Adam step on top, the same for every objective.
 
---memory starts a fresh process per objective and prints the growth of its resident memory by one step.
+--memory starts a fresh process per objective and prints the growth of its resident memory by a training step.
 """
 
 from __future__ import annotations
@@ -161,12 +161,13 @@ def resident_mb() -> float:
 
 
 def memory_of_one_step(name: str, title: str) -> float:
-    """Peak resident memory of the second step over the memory with model and data loaded, in MB."""
+    """Peak resident memory of two training steps, Adam's state included, over that with model and data loaded, in MB."""
     case = Case(NETS[name], "cpu")
     before = resident_mb()
     run = case.plain if title == "plain" else case.step(OBJECTIVE_TEXTS[title])
     for _ in range(2):
         run()
+        case.update()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 - before
 
 
