@@ -34,7 +34,7 @@ from robust.objective import OBJECTIVES
 from robust.settings import Settings
 from robust.trainer import Moments, step_gradients
 
-STEPS_8 = "attack=(pgd:steps=8,step_size=0.5,unit=box,keep=best,mode=keep{})"
+STEPS_8 = "attack=(pgd:steps=8,step_size=0.5,unit=box,keep=last,mode=keep{})"
 OBJECTIVE_TEXTS = {
     "ibp": "ibp",
     "shi_ibp": "shi_ibp",
@@ -161,7 +161,7 @@ def resident_mb() -> float:
 
 
 def memory_of_one_step(name: str, title: str) -> float:
-    """Peak resident memory of two training steps, Adam's state included, over that with model and data loaded, in MB."""
+    """MB by which two training steps, Adam's state included, raise the peak over the memory with model and data loaded."""
     case = Case(NETS[name], "cpu")
     before = resident_mb()
     run = case.plain if title == "plain" else case.step(OBJECTIVE_TEXTS[title])
