@@ -1,0 +1,53 @@
+"""The README as a newcomer reads it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from robust.cli import KINDS, main
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+TABLE_KINDS = {
+    "objective": "objectives",
+    "attack": "attacks",
+    "verifier": "verifiers",
+    "regulariser": "regularizers",
+    "hook": "hooks",
+}
+
+
+def test_the_library_example_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "certified" in printed
+    assert "torch.Size([4, 9])" in printed
+
+
+def test_every_registered_method_of_the_tabulated_kinds_is_in_the_table() -> None:
+    listed: dict[str, set[str]] = {}
+    kind = ""
+    for line in README.splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) == 6 and cells[2].startswith("`"):
+            kind = cells[1] or kind
+            listed.setdefault(kind, set()).update(re.findall(r"`([^`]+)`", cells[2]))
+    for word, name in TABLE_KINDS.items():
+        assert listed[word] == set(KINDS[name].names())
+
+
+@pytest.mark.parametrize(
+    "line", re.findall(r"^robust (train|certify|attack) (.*?)(?:  +#.*)?$", README, flags=re.MULTILINE)
+)
+def test_command_lines_in_the_readme_have_known_flags_only(
+    line: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, rest = line
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    known = capsys.readouterr().out
+    for flag in re.findall(r"--[a-z-]+", rest):
+        assert flag in known
