@@ -59,8 +59,7 @@ class Ball(ABC):
         """Move of length `step` (in pixel units; a number or [B]) along which the linearised loss grows most.
 
         Args:
-            at: current points; where given, pixels that rest on the border of the range are not pushed further out
-                by norms for which that would waste the step.
+            at: current points; where given, L1 steps push no pixel out of the range, which would waste the step.
         """
 
     @abstractmethod
@@ -198,7 +197,7 @@ class L1Ball(Ball):
 
     norm: ClassVar[str] = "l1"
 
-    # Share of the pixels that one step moves; a single pixel per step (the literal steepest ascent) converges slowly.
+    # Share of the pixels that one step moves; the literal steepest ascent, one pixel a step, converges slowly.
     STEP_SHARE: ClassVar[float] = 0.01
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
@@ -222,17 +221,25 @@ class L1Ball(Ball):
         return self.project(x + (laplace * (share * self._radius(x) / length)).to(x.dtype), x)
 
     def steepest(self, gradient: Tensor, step: float | Tensor, at: Tensor | None = None) -> Tensor:
-        """Equal moves of the pixels with the largest gradients, one in a hundred of those that can move."""
+        """Moves of the pixels with the largest gradients: equal ones, spread over a hundredth of all pixels.
+
+        A pixel near the border moves no further than the range goes, and what it leaves of the step goes to the pixels
+        with the next largest gradients.
+
+        Source: Croce and Hein, "Mind the box" (2021), section 3.2.
+        """
         rows = gradient.flatten(1)
+        lengths = rows.new_ones(len(rows), 1) * _per_example(step, rows)
+        caps = (lengths / max(int(self.STEP_SHARE * rows.shape[1]), 1)).expand_as(rows)
         if at is not None:
             low, high = self._limits(gradient, "inward")
             point = at.flatten(1)
-            stuck = ((point >= high) & (rows > 0)) | ((point <= low) & (rows < 0))
-            rows = rows.masked_fill(stuck, 0.0)
-        count = max(int(self.STEP_SHARE * rows.shape[1]), 1)
-        largest = rows.abs().topk(count, dim=1).indices
-        signs = torch.zeros_like(rows).scatter_(1, largest, rows.gather(1, largest).sign() / count)
-        return signs.view_as(gradient).mul_(_per_example(step, gradient))
+            caps = torch.where(rows > 0, high - point, point - low).clamp_(min=0.0).minimum(caps)
+        caps = caps.masked_fill(rows == 0, 0.0)
+        order = rows.abs().argsort(dim=1, descending=True)
+        ordered = caps.gather(1, order)
+        moves = (lengths - (ordered.cumsum(1) - ordered)).clamp_(min=0.0).minimum(ordered)
+        return torch.zeros_like(rows).scatter_(1, order, moves).mul_(rows.sign()).view_as(gradient)
 
     def dual_norm(self, a: Tensor, dims: tuple[int, ...]) -> Tensor:
         return a.abs().amax(dims)

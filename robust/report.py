@@ -10,22 +10,21 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from certify.verdict import SoundnessError, Status
 from robust.files import encode, read_json_lines, write_whole
 from robust.wilson import wilson_interval
 
-Status = Literal["certified", "falsified", "unknown", "misclassified"]
+# From the best outcome to the worst, the order of tables and pictures.
 STATUSES: tuple[Status, ...] = ("certified", "unknown", "falsified", "misclassified")
 
+NO_CLASS = -1
+
 ROWS_FILE = "rows.jsonl"
-
-
-class SoundnessError(RuntimeError):
-    """One example is certified and attacked: the proof or the witness is wrong, and no number can be trusted."""
 
 
 class ReportError(ValueError):
@@ -38,7 +37,8 @@ class Row:
 
     Attributes:
         index: position in the data set's split.
-        label, predicted: classes; `predicted`, of the clean image, differs from `label` exactly where misclassified.
+        label, predicted: classes; `predicted`, of the clean image, differs from `label` exactly where misclassified;
+            NO_CLASS where a logit was not finite.
         status: verdict.
         method: stage that decided, as text.
         margin_lb: proved lower bound of the smallest margin over the ball, None where nothing finite was proved.
@@ -152,28 +152,14 @@ class Summary:
             "stages": {method: dataclasses.asdict(stage) for method, stage in self.stages.items()},
         }
 
-
-@dataclass(frozen=True)
-class EpsCurve:
-    """Accuracies over growing radii, for plots.
-
-    Attributes:
-        norm: of the ball. eps: radii in pixel units, ascending.
-        certified, under_attack: fraction of all examples at each radius; empty where not measured.
-        clean: fraction right without perturbation. examples: how many were used.
-    """
-
-    norm: str
-    eps: tuple[float, ...]
-    certified: tuple[float, ...] = ()
-    under_attack: tuple[float, ...] = ()
-    clean: float | None = None
-    examples: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("certified", "under_attack"):
-            if len(getattr(self, name)) not in (0, len(self.eps)):
-                raise ValueError(f"expected {len(self.eps)} values of {name}, got {len(getattr(self, name))}")
+    def csv(self) -> str:
+        """CSV text with one line per rate: of everything first (class "all"), then of each class."""
+        lines = [
+            {"class": scope, "rate": name, **facts}
+            for scope, rates in (("all", self.rates), *self.classes.items())
+            for name, facts in rates.facts().items()
+        ]
+        return _csv(("class", "rate", "count", "total", "fraction", "low", "high"), lines)
 
 
 @dataclass(frozen=True)
@@ -208,21 +194,23 @@ class Report:
         """
         path = rows_path(path)
         try:
-            return cls.from_records(read_json_lines(path))
+            records = read_json_lines(path)
         except FileNotFoundError:
             raise ReportError(f"{path}: no such report") from None
-        except SoundnessError as error:
-            raise SoundnessError(f"{path}: {error}") from None
         except ValueError as error:
-            raise ReportError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+            raise ReportError(str(error)) from None
+        return cls.from_records(records, path)
 
     @classmethod
-    def from_records(cls, records: Iterable[Mapping[str, Any]]) -> Report:
-        """Report from the objects of a JSON-lines file."""
+    def from_records(cls, records: Iterable[Mapping[str, Any]], source: Path) -> Report:
+        """Report from the objects of the JSON-lines file `source`."""
         first, *rest = list(records) or [{}]
-        if set(first) != {"header"}:
-            raise ReportError("its first line is no header, so it is no report")
-        return cls(first["header"], tuple(read_row(record) for record in rest))
+        try:
+            if set(first) != {"header"}:
+                raise ReportError("its first line is no header, so it is no report")
+            return cls(first["header"], tuple(read_row(record) for record in rest))
+        except (SoundnessError, ReportError) as error:
+            raise type(error)(f"{source}: {error}") from None
 
     def save(self, path: Path) -> None:
         """Write header and rows as JSON lines, whole or not at all."""
@@ -244,12 +232,8 @@ class Report:
 
     def csv(self) -> str:
         """The rows as CSV text with a line of names; None is an empty cell."""
-        text = io.StringIO()
         names = [item.name for item in dataclasses.fields(Row)]
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in self.rows)
-        return text.getvalue()
+        return _csv(names, [dataclasses.asdict(row) for row in self.rows])
 
 
 def rates(rows: Iterable[Row]) -> Rates:
@@ -289,3 +273,11 @@ def read_row(record: Mapping[str, Any]) -> Row:
 def _stage(rows: list[Row]) -> Stage:
     count = {status: sum(row.status == status for row in rows) for status in STATUSES}
     return Stage(count["certified"], count["unknown"], count["falsified"], math.fsum(row.seconds for row in rows))
+
+
+def _csv(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()

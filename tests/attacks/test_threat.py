@@ -226,10 +226,19 @@ def test_tiny_and_zero_gradients_give_finite_moves(ball_type):
     assert move.isfinite().all() and (move[0] == 0).all() and move[1].abs().sum() > 0.05
 
 
-def test_an_l1_move_spares_pixels_that_cannot_go_further():
-    gradient = torch.tensor([[3.0, -2.0, 1.0]])
-    at = torch.tensor([[1.0, 0.0, 0.5]])
-    assert L1Ball(1.0).steepest(gradient, 0.1, at).tolist() == [[0.0, 0.0, pytest.approx(0.1)]]
+def test_an_l1_move_fills_each_pixel_to_the_border_before_it_takes_the_next():
+    gradient = torch.tensor([[3.0, -2.0, 1.0, 0.0]])
+    at = torch.tensor([[0.75, 0.0, 0.5, 0.5]])
+    assert L1Ball(1.0).steepest(gradient, 0.375, at).tolist() == [[0.25, 0.0, 0.125, 0.0]]
+    assert L1Ball(1.0).steepest(gradient, 0.375).tolist() == [[0.375, 0.0, 0.0, 0.0]]
+    assert L1Ball(1.0).steepest(gradient, torch.tensor([2.0]), at).tolist() == [[0.25, 0.0, 0.5, 0.0]]
+
+
+def test_an_l1_move_is_spread_over_a_hundredth_of_many_pixels():
+    gradient = torch.arange(500.0).view(1, 5, 100)
+    move = L1Ball(1.0).steepest(gradient, 0.5)
+    torch.testing.assert_close(move.flatten()[-5:], torch.full((5,), 0.1))
+    assert (move != 0).sum() == 5
 
 
 def test_the_hint_for_a_radius_in_grey_levels_names_the_fraction():

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from certify.verdict import SoundnessError
 from robust.files import encode
-from robust.report import EpsCurve, Report, ReportError, Row, SoundnessError, read_row
+from robust.report import Report, ReportError, Row, read_row
 
 HEADER = {"model": "mlp", "ball": {"norm": "linf", "eps": 8 / 255}}
 
@@ -161,15 +162,5 @@ def test_certified_is_at_most_attacked_is_at_most_clean_in_every_class(choices: 
     assert sum(summary.statuses.values()) == summary.examples
     decided = sum(stage.certified + stage.unknown + stage.falsified for stage in summary.stages.values())
     assert decided == summary.rates.clean.count
-    assert (
-        Report.from_records(
-            [json.loads(encode(r)) for r in ({"header": HEADER}, *map(dataclasses.asdict, report.rows))]
-        )
-        == report
-    )
-
-
-def test_a_curve_needs_a_value_per_radius() -> None:
-    EpsCurve("linf", (0.1, 0.2), (0.5, 0.4))
-    with pytest.raises(ValueError, match="expected 2 values of certified, got 1"):
-        EpsCurve("linf", (0.1, 0.2), (0.5,))
+    records = [json.loads(encode(record)) for record in ({"header": HEADER}, *map(dataclasses.asdict, report.rows))]
+    assert Report.from_records(records, Path("rows.jsonl")) == report

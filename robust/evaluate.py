@@ -1,0 +1,300 @@
+"""Evaluation: a model and a data set, attacked first and verified then, give a report that survives interruption."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from attacks.attack import ATTACKS, Attack
+from attacks.mode import attack_mode
+from attacks.registry import Registry
+from attacks.threat import Ball
+from certify.precision import exact_arithmetic
+from certify.verdict import SoundnessError, Verdict, falsified, logits_of
+from certify.verifier import VERIFIERS
+from robust.checkpoint import Checkpoint, ball_facts
+from robust.dataset import DataSet
+from robust.images import Images
+from robust.report import NO_CLASS, STATUSES, Report, Row
+from robust.resume import RowsOnDisk
+from robust.tensor_file import content_hash
+from robust.versions import versions
+
+
+class AnyVerifier(Protocol):
+    """What `evaluate` needs of a verifier: one verdict per example, in order; `index` keys its noise."""
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, index: Tensor | None = None
+    ) -> list[Verdict]: ...
+
+
+def evaluate(
+    checkpoint_or_model: Checkpoint | nn.Module,
+    data: DataSet,
+    ball: Ball,
+    verifier: AnyVerifier | None,
+    attack: Attack | None = None,
+    *,
+    out: Path | None = None,
+    split: Literal["train", "test"] = "test",
+    indices: Sequence[int] | None = None,
+    limit: int | None = None,
+    batch_size: int = 100,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Report:
+    """Decide examples of a data set: misclassified, falsified by the attack, or what the verifier says.
+
+    Examples are decided in fixed blocks of `batch_size`, each under its own random seed, so that a row does not depend
+    on the rows before it. Rows are on the disk once their block is decided. Where `out` already holds rows of the same
+    evaluation, it goes on behind them, and a block that was cut off is decided again.
+
+    Args:
+        ball: threat model with one eps, which need not be the radius of training.
+        verifier: None leaves what the attack did not falsify unknown.
+        attack: run first, on correctly classified examples; its points are checked like any witness.
+        out: folder (rows go to rows.jsonl in it) or JSON-lines file; None keeps the report in memory.
+        indices: examples of the split to decide, in this order; all of them by default.
+        limit: only the first so many of these.
+        device: where the model is moved to; by default it stays where it is.
+        progress: show a progress bar with the count of each verdict.
+
+    Raises:
+        ReportError: `out` holds rows of another evaluation; the message says what differs.
+        FileInUse: another process is writing to `out`.
+    """
+    model = checkpoint_or_model.model if isinstance(checkpoint_or_model, Checkpoint) else checkpoint_or_model
+    if device is not None:
+        model.to(device)
+    images: Images = getattr(data, split)
+    chosen = _chosen(len(images), indices, limit)
+    if batch_size < 1:
+        raise ValueError(f"expected a batch size of 1 or more, got {batch_size}")
+    header = {
+        **_model_facts(checkpoint_or_model),
+        **_data_facts(data, split),
+        "ball": ball_facts(ball),
+        "verifier": describe(VERIFIERS, verifier),
+        "attack": describe(ATTACKS, attack),
+        "batch_size": batch_size,
+        "device": _device_name(_device(model)),
+        "versions": versions(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    rows: list[Row] = []
+    with RowsOnDisk(out, header, chosen, batch_size) as record, attack_mode(model), _bar(len(chosen), progress) as bar:
+        rows += record.rows
+        _advance(bar, rows, len(rows))
+        for start in range(len(rows), len(chosen), batch_size):
+            index = torch.tensor(chosen[start : start + batch_size])
+            x, y = images.batch(index, _device(model))
+            with seeded(start, x.device):
+                block = decide(model, x, y, index.tolist(), ball, verifier, attack)
+            record.append(block)
+            rows += block
+            _advance(bar, rows, len(block))
+        return Report(record.header, tuple(rows))
+
+
+def decide(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    index: Sequence[int],
+    ball: Ball,
+    verifier: AnyVerifier | None,
+    attack: Attack | None,
+) -> list[Row]:
+    """Rows of one batch: clean prediction, then the attack, then the verifier on what is left."""
+    logits = logits_of(model, x)
+    right = classified(logits, y).tolist()
+    wrong = [
+        Row(i, label, other, "misclassified", "clean")
+        for i, label, other in zip(index, y.tolist(), _rivals(logits, y).tolist(), strict=True)
+    ]
+    rows = [
+        Row(row.index, row.label, row.label, "unknown", "none") if ok else row
+        for row, ok in zip(wrong, right, strict=True)
+    ]
+    if attack is not None:
+        rows = _attacked(rows, model, x, y, ball, attack)
+    if verifier is not None:
+        rows = _verified(rows, wrong, model, x, y, ball, verifier)
+    return rows
+
+
+def _attacked(rows: list[Row], model: nn.Module, x: Tensor, y: Tensor, ball: Ball, attack: Attack) -> list[Row]:
+    """Rows after the attack on the unknown ones: falsified where its point is a witness."""
+    rows, left = list(rows), _left(rows, x)
+    if not len(left):
+        return rows
+    started = time.perf_counter()
+    x, y, ball = x[left], y[left], ball.select(left)
+    with exact_arithmetic():
+        # Projected, because foreign attacks stay in the ball only up to rounding, and then their points are no witness.
+        x_adv = ball.project(attack(model, x, y, ball, index=_numbers(rows, left)), x)
+    logits = logits_of(model, x_adv)
+    margin, suspected = _margins(logits, y).tolist(), (logits.argmax(dim=1) != y).tolist()
+    seconds = (time.perf_counter() - started) / len(left)
+    method = (describe(ATTACKS, attack) or "").partition(":")[0]
+    for k, i in enumerate(left.tolist()):
+        rows[i] = dataclasses.replace(rows[i], attack_margin=_finite(margin[k]), seconds=seconds)
+        if suspected[k]:
+            rows[i] = _if_witness(rows[i], model, x_adv[k], x[k], y[k], ball.select(torch.tensor([k])), method)
+    return rows
+
+
+def _if_witness(row: Row, model: nn.Module, point: Tensor, x: Tensor, y: Tensor, ball: Ball, method: str) -> Row:
+    """The row as falsified, where a verdict confirms that `point` is a witness; else as it is."""
+    try:
+        verdict = falsified(model, point, x, y, ball, method=method, seconds=row.seconds)
+    except SoundnessError:  # misclassified in its batch by a rounding error, and not alone
+        return row
+    return dataclasses.replace(
+        row,
+        status=verdict.status,
+        method=method,
+        attacked=True,
+        precision=verdict.precision,
+        **_distances(point, x),
+    )
+
+
+def _verified(
+    rows: list[Row], wrong: list[Row], model: nn.Module, x: Tensor, y: Tensor, ball: Ball, verifier: AnyVerifier
+) -> list[Row]:
+    """Rows after the verifier on the unknown ones; `wrong` are the rows of misclassified examples."""
+    rows, left = list(rows), _left(rows, x)
+    verdicts = verifier(model, x[left], y[left], ball.select(left), index=_numbers(rows, left)) if len(left) else []
+    for i, verdict in zip(left.tolist(), verdicts, strict=True):
+        # Right in this batch, wrong in the verifier's: a margin of a rounding error. The verifier has the last word.
+        row = wrong[i] if verdict.status == "misclassified" else rows[i]
+        rows[i] = dataclasses.replace(
+            row,
+            status=verdict.status,
+            method=verdict.method,
+            margin_lb=_finite(verdict.margin_lb),
+            attacked=verdict.status == "falsified",
+            attack_margin=rows[i].attack_margin,
+            seconds=rows[i].seconds + verdict.seconds,
+            precision=verdict.precision,
+            **({} if verdict.witness is None else _distances(verdict.witness, x[i])),
+        )
+    return rows
+
+
+def _left(rows: Sequence[Row], x: Tensor) -> Tensor:
+    """Positions of the rows that are still unknown."""
+    return torch.tensor([i for i, row in enumerate(rows) if row.status == "unknown"], dtype=torch.long, device=x.device)
+
+
+def _distances(witness: Tensor, x: Tensor) -> dict[str, Any]:
+    delta = (witness.to(x.device).double().reshape(x.shape) - x.double()).flatten()
+    return {"linf": delta.abs().max().item(), "l2": delta.norm().item()}
+
+
+def classified(logits: Tensor, y: Tensor) -> Tensor:
+    """Whether each example is classified as y: bool [B]; False where a logit is not finite."""
+    return (logits.argmax(dim=1) == y) & torch.isfinite(logits).all(dim=1)
+
+
+def _margins(logits: Tensor, y: Tensor) -> Tensor:
+    """The label's logit minus the largest other one, [B]."""
+    others = logits.scatter(1, y[:, None], -math.inf)
+    return logits.gather(1, y[:, None])[:, 0] - others.max(dim=1).values
+
+
+def _rivals(logits: Tensor, y: Tensor) -> Tensor:
+    """The class other than y with the largest logit, [B]; NO_CLASS where a logit is not finite."""
+    rivals = logits.scatter(1, y[:, None], -math.inf).argmax(dim=1)
+    return torch.where(torch.isfinite(logits).all(dim=1), rivals, NO_CLASS)
+
+
+def _numbers(rows: Sequence[Row], left: Tensor) -> Tensor:
+    """Numbers in the data set of the rows at `left`, which key the noise of attacks."""
+    return torch.tensor([rows[i].index for i in left.tolist()])
+
+
+def _chosen(total: int, indices: Sequence[int] | None, limit: int | None) -> list[int]:
+    """Examples to decide; ValueError where one of them does not exist or comes twice."""
+    chosen = [int(i) for i in (range(total) if indices is None else indices)]
+    outside = [i for i in chosen if not 0 <= i < total]
+    if outside or (limit is not None and limit < 0):
+        raise ValueError(f"expected indices from 0 to {total - 1} and a limit from 0, got {outside[:3]} and {limit}")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError("an index is given twice, and a report holds one row per example")
+    return chosen[:limit]
+
+
+def describe(registry: Registry, method: object | None) -> str | None:
+    """A method as the registry spells it, or by its own representation where it is not registered; None for None."""
+    if method is None:
+        return None
+    if any(type(method) is registry[name] for name in registry.names()):
+        return registry.spell(method)
+    if dataclasses.is_dataclass(method):
+        return repr(method)
+    return getattr(method, "__qualname__", type(method).__qualname__)
+
+
+def _model_facts(checkpoint_or_model: Checkpoint | nn.Module) -> dict[str, Any]:
+    if isinstance(checkpoint_or_model, Checkpoint):
+        model, digest = checkpoint_or_model.model, checkpoint_or_model.hash()
+        name = checkpoint_or_model.settings["model"]
+    else:
+        model, name = checkpoint_or_model, type(checkpoint_or_model).__name__
+        digest = content_hash(model.state_dict(), {"architecture": repr(model)})
+    precision = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+    return {"model": name, "checkpoint": digest, "precision": " and ".join(sorted(precision))}
+
+
+def _data_facts(data: DataSet, split: str) -> dict[str, Any]:
+    """Name and classes, and a hash of all labels and the first image, which tells versions of a data set apart."""
+    images: Images = getattr(data, split)
+    first = {"image": images.batch(torch.tensor([0]))[0]} if len(images) else {}
+    digest = content_hash({"labels": images.labels, **first}, {})
+    return {"data": data.name, "split": split, "data_hash": digest, "classes": list(data.classes)}
+
+
+def _device(model: nn.Module) -> torch.device:
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def _device_name(device: torch.device) -> str:
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Context in which torch's global noise depends on `seed` alone, for methods that draw from it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _bar(total: int, progress: bool) -> tqdm:
+    return tqdm(total=total, disable=not progress, unit="example", dynamic_ncols=True)
+
+
+def _advance(bar: tqdm, rows: Sequence[Row], count: int) -> None:
+    seen = Counter(row.status for row in rows)
+    bar.set_postfix({status: seen[status] for status in STATUSES}, refresh=False)
+    bar.update(count)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,470 @@
+"""The training loop.
+
+A run lives in a folder: `settings.json`, `log.jsonl` (one record per epoch), `state.safetensors` (for going on after a
+kill) and at its end `checkpoint.safetensors`. All randomness is keyed by (seed, purpose, step), so a run that was
+killed continues from its last state with the same result, bit by bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from certify.graph import Graph, capture
+from certify.ops.batch_norm import Statistics
+from certify.verifier import VERIFIERS
+from robust.batch_norm import has_batch_norm, reestimate_statistics
+from robust.checkpoint import Checkpoint
+from robust.dataset import DataSet, parse_dataset
+from robust.files import JsonLines, write_whole
+from robust.hook import HOOKS, Active, Moment
+from robust.initialization import initialize_
+from robust.model import MODELS
+from robust.objective import OBJECTIVES
+from robust.objectives.natural import Natural
+from robust.optimizer import OPTIMIZERS
+from robust.regularizer import REGULARIZERS
+from robust.schedule import SCHEDULES, ramp_progress
+from robust.seeds import seeded
+from robust.settings import Settings
+from robust.tensor_file import load_tensors, save_tensors
+from robust.views import Views
+
+STATE, BEST, CHECKPOINT, LOG, SETTINGS = (
+    "state.safetensors",
+    "best.safetensors",
+    "checkpoint.safetensors",
+    "log.jsonl",
+    "settings.json",
+)
+VALIDATION_BATCH = 250
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot start or go on; the message says where and what to do."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands, besides weights and optimiser.
+
+    Attributes:
+        step: optimiser steps done.
+        sums: of the loss terms over the present epoch's steps.
+        best: certified validation accuracy of the kept weights, -1 before there are any.
+        metrics: of the last validation.
+    """
+
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    best: float = -1.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def train(
+    settings: Settings,
+    out: Path,
+    *,
+    device: str = "cpu",
+    root: Path | None = None,
+    progress: bool = True,
+    tensorboard: bool = False,
+    save_every: float = 60.0,
+) -> Checkpoint:
+    """Train a model, or go on with the run in `out`.
+
+    Args:
+        settings: of the run; a run that is continued must have the same.
+        out: folder of the run; made if absent.
+        device: "cpu", "cuda" ...
+        root: folder of the data sets, see `robust.dataset.data_root`.
+        progress: show a progress bar.
+        tensorboard: also write TensorBoard events to `out`.
+        save_every: seconds between saved states; one is saved behind each epoch too.
+
+    Returns:
+        the checkpoint, also in `out/checkpoint.safetensors`.
+
+    Raises:
+        TrainingError: other settings in `out`, no training images, a loss that is not finite.
+    """
+    out = Path(out)
+    _claim(settings, out)
+    if (out / CHECKPOINT).exists():
+        from robust.checkpoint import load
+
+        return load(out / CHECKPOINT)
+    return _Run(settings, out, torch.device(device), root, progress, tensorboard, save_every).run()
+
+
+class _Run:
+    def __init__(
+        self,
+        settings: Settings,
+        out: Path,
+        device: torch.device,
+        root: Path | None,
+        progress: bool,
+        tensorboard: bool,
+        save_every: float,
+    ) -> None:
+        self.settings, self.out, self.device = settings, out, device
+        self.show, self.save_every = progress, save_every
+        data = parse_dataset(settings.data)(root)
+        if len(data.train) < 2:
+            raise TrainingError(f"{settings.data}: no training images (a folder needs train/, an archive x_train)")
+        self.data = data.split(settings.validation, settings.seed) if settings.validation else data
+        self.train_images = self.data.train.to(device)
+        self.model = build_model(settings, self.data).to(device)
+        self.objective = OBJECTIVES.parse(settings.objective)
+        self.regularizers = [REGULARIZERS.parse(text) for text in settings.regularizers]
+        self.validator = VERIFIERS.parse(settings.validator)
+        self.eps_schedule = SCHEDULES.parse(settings.eps_schedule)
+        self.lr_schedule = SCHEDULES.parse(settings.lr_schedule)
+        factory = OPTIMIZERS.parse(settings.optimizer)
+        self.lr = factory.lr
+        self.optimizer = factory(self.model.parameters())
+        self.hooks = [HOOKS.parse(text).start(self.model) for text in settings.hooks]
+        self.steps_per_epoch = max(1, math.ceil(len(self.train_images) / settings.batch_size))
+        self.graph = capture(self.model, self._example())
+        self.progress = Progress()
+        self.writer = _tensorboard(out) if tensorboard else None
+        self.saved_at = time.monotonic()
+
+    def run(self) -> Checkpoint:
+        if (self.out / STATE).exists():
+            self._restore()
+        with JsonLines(self.out / LOG) as log:
+            # Records behind the restored state belong to steps that are now done again.
+            log.keep(self.progress.step // self.steps_per_epoch)
+            first = self.progress.step // self.steps_per_epoch
+            for epoch in range(first, self.settings.epochs):
+                log.append([self._epoch(epoch)])
+                self._save()
+        return self._finish()
+
+    def _epoch(self, epoch: int) -> dict[str, Any]:
+        started = time.perf_counter()
+        order = self._order(epoch)
+        done = self.progress.step - epoch * self.steps_per_epoch
+        self.model.train()
+        bar = tqdm(
+            total=self.steps_per_epoch,
+            initial=done,
+            desc=f"epoch {epoch + 1}/{self.settings.epochs}",
+            disable=not self.show,
+            leave=False,
+        )
+        with bar:
+            for place in range(done, self.steps_per_epoch):
+                index = order[place * self.settings.batch_size : (place + 1) * self.settings.batch_size]
+                terms = self._step(index)
+                for name, value in terms.items():
+                    self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
+                bar.update()
+                bar.set_postfix({name: f"{value:.3f}" for name, value in terms.items()}, refresh=False)
+                if time.monotonic() - self.saved_at > self.save_every:
+                    self._save()
+        return self._close_epoch(epoch, time.perf_counter() - started)
+
+    def _step(self, index: Tensor) -> dict[str, float]:
+        """One optimiser step; the loss terms' values."""
+        settings, step = self.settings, self.progress.step
+        x, y = self.train_images.batch(index, self.device)
+        if settings.augment and self.data.augmentation is not None:
+            x = self.data.augmentation(x, seeded(self.device, settings.seed, "augmentation", step))
+        fraction = self.eps_schedule(step, self.steps_per_epoch, settings.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * self.lr_schedule(step, self.steps_per_epoch, settings.epochs)
+        ramp = ramp_progress(self.eps_schedule, step, self.steps_per_epoch)
+        noise = seeded(self.device, settings.seed, "attack", step)
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = step_gradients(
+            self.graph,
+            x,
+            y,
+            Moments(self.objective if fraction > 0 else Natural(), self.regularizers, fraction, ramp, noise),
+            settings,
+        )
+        values = {name: float(value) for name, value in terms.items()}
+        self._check(values)
+        if settings.clip_norm:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm, error_if_nonfinite=False)
+            self._check({"gradient norm": float(norm)})
+        self.optimizer.step()
+        self.progress.step += 1
+        moment = self._moment()
+        for hook in self.hooks:
+            hook.after_step(moment)
+        return values
+
+    def _check(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"step {self.progress.step}: {name} is {value}. Try a lower learning rate, a longer radius ramp "
+                    f"(eps_schedule), gradient clipping (clip_norm) or init='ibp'; the last state is in {self.out / STATE}"
+                )
+
+    def _close_epoch(self, epoch: int, seconds: float) -> dict[str, Any]:
+        moment = self._moment()
+        for hook in self.hooks:
+            hook.after_epoch(moment)
+        means = {name: total / self.steps_per_epoch for name, total in self.progress.sums.items()}
+        self.progress.sums = {}
+        last = self.progress.step - 1
+        fraction = self.eps_schedule(last, self.steps_per_epoch, self.settings.epochs)
+        due = (epoch + 1) % self.settings.validate_every == 0 or epoch + 1 == self.settings.epochs
+        if due and self.settings.validation:
+            model = self._judged()
+            self.progress.metrics = validate(model, self.data, self.settings, self.validator, self.device)
+            self._select(model, fraction)
+        record = {
+            "epoch": epoch + 1,
+            "step": self.progress.step,
+            "eps": self.settings.eps * self.settings.train_eps_factor * fraction,
+            "lr": self.lr * self.lr_schedule(last, self.steps_per_epoch, self.settings.epochs),
+            **{f"loss/{name}": value for name, value in means.items()},
+            **({f"validation/{name}": value for name, value in self.progress.metrics.items()} if due else {}),
+            "seconds": seconds,
+            "images_per_second": len(self.train_images) / seconds,
+        }
+        if self.writer is not None:
+            for name, value in record.items():
+                self.writer.add_scalar(name, value, epoch + 1)
+        if self.show:
+            tqdm.write(_line(record))
+        return record
+
+    def _judged(self) -> nn.Module:
+        """The model whose weights count: the averaged one where a hook averages."""
+        averaged = [weights for hook in self.hooks if (weights := hook.weights()) is not None]
+        if not averaged:
+            return self.model
+        model = copy.deepcopy(self.model)
+        model.load_state_dict({**model.state_dict(), **averaged[-1]})
+        if has_batch_norm(model):
+            reestimate_statistics(model, self._moment().batches())
+        return model
+
+    def _select(self, model: nn.Module, fraction: float) -> None:
+        """Keep these weights if they are the best yet at the full radius."""
+        certified = self.progress.metrics["certified"]
+        if self.settings.select == "best" and fraction >= 1 and certified > self.progress.best:
+            self.progress.best = certified
+            metadata = {"step": self.progress.step, "metrics": self.progress.metrics}
+            save_tensors(self.out / BEST, model.state_dict(), metadata)
+
+    def _finish(self) -> Checkpoint:
+        model, metrics = self._judged(), self.progress.metrics
+        if (self.out / BEST).exists():
+            weights, metadata = load_tensors(self.out / BEST)
+            model.load_state_dict(weights)
+            metrics = metadata["metrics"]
+        checkpoint = Checkpoint(
+            model.eval(),
+            {
+                **self.settings.to_dict(),
+                "input_shape": list(self.data.input_shape),
+                "classes": len(self.data.classes),
+                "class_names": list(self.data.classes),
+                "mean": list(self.data.mean),
+                "std": list(self.data.std),
+            },
+            self.settings.ball(),
+            {f"validation/{name}": value for name, value in metrics.items()},
+        )
+        checkpoint.save(self.out / CHECKPOINT)
+        (self.out / STATE).unlink(missing_ok=True)
+        (self.out / BEST).unlink(missing_ok=True)
+        if self.writer is not None:
+            self.writer.close()
+        return checkpoint
+
+    def _order(self, epoch: int) -> Tensor:
+        """Training images of an epoch in their order; a last batch of one image is left out, which BatchNorm needs."""
+        order = torch.randperm(len(self.train_images), generator=seeded("cpu", self.settings.seed, "order", epoch))
+        if len(order) % self.settings.batch_size == 1 and len(order) > 1:
+            order = torch.cat([order, order[:1]])
+        return order
+
+    def _moment(self) -> Moment:
+        return Moment(self.model, self.progress.step, self.progress.step / self.steps_per_epoch, self._batches)
+
+    def _batches(self) -> Iterator[Tensor]:
+        epoch = self.progress.step // self.steps_per_epoch
+        order = self._order(epoch)
+        for place in range(self.steps_per_epoch):
+            index = order[place * self.settings.batch_size : (place + 1) * self.settings.batch_size]
+            x, _ = self.train_images.batch(index, self.device)
+            if self.settings.augment and self.data.augmentation is not None:
+                x = self.data.augmentation(x, seeded(self.device, self.settings.seed, "statistics", epoch, place))
+            yield x
+
+    def _example(self) -> Tensor:
+        return torch.zeros(1, *self.data.input_shape, device=self.device)
+
+    def _save(self) -> None:
+        """Write the state whole: weights, optimiser, hooks, and where the run stands."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        plain: dict[str, Any] = {}
+        for number, entry in self.optimizer.state_dict()["state"].items():
+            for name, value in entry.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{number}.{name}"] = value
+                else:
+                    plain[f"{number}.{name}"] = value
+        for number, hook in enumerate(self.hooks):
+            tensors.update({f"hook.{number}.{name}": tensor for name, tensor in hook.state().items()})
+        save_tensors(self.out / STATE, tensors, {"progress": vars(self.progress), "optimizer": plain})
+        self.saved_at = time.monotonic()
+
+    def _restore(self) -> None:
+        tensors, metadata = load_tensors(self.out / STATE)
+        self.model.load_state_dict(_part(tensors, "model."))
+        state: dict[int, dict[str, Any]] = {}
+        for key, value in [*_part(tensors, "optimizer.").items(), *metadata["optimizer"].items()]:
+            number, _, name = key.partition(".")
+            state.setdefault(int(number), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for number, hook in enumerate(self.hooks):
+            _restore_hook(hook, _part(tensors, f"hook.{number}."), self.device)
+        self.progress = Progress(**metadata["progress"])
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What one step needs besides model and images: loss, regularisers, schedules' values and randomness."""
+
+    objective: Any
+    regularizers: list[Any]
+    eps_fraction: float
+    ramp: float
+    generator: torch.Generator
+
+
+def step_gradients(graph: Graph, x: Tensor, y: Tensor, moment: Moments, settings: Settings) -> dict[str, Tensor]:
+    """Add the gradients of a batch's loss to the parameters; the terms' batch means.
+
+    With `settings.micro_batch` the images are attacked and bounded in parts. BatchNorm statistics are those of the
+    whole batch all the same, and the gradient through them is exact: the parts' gradients in the statistics are
+    collected and sent through the clean pass once.
+    """
+    if not 0 < settings.micro_batch < len(x):
+        views = _views(graph, x, y, moment, settings)
+        terms = _terms(views, moment)
+        torch.stack(list(terms.values())).sum().backward()
+        return {name: value.detach() for name, value in terms.items()}
+    _, statistics = graph.forward_train(x)
+    leaves = {place: Statistics(*(t.detach().requires_grad_() for t in pair)) for place, pair in statistics.items()}
+    totals: dict[str, Tensor] = {}
+    for start in range(0, len(x), settings.micro_batch):
+        part = slice(start, start + settings.micro_batch)
+        views = _views(graph, x[part], y[part], moment, settings, leaves)
+        share = len(views.x) / len(x)
+        terms = {name: share * value for name, value in _terms(views, moment).items()}
+        torch.stack(list(terms.values())).sum().backward()
+        for name, value in terms.items():
+            totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
+    pairs = [(t, leaf) for place, pair in statistics.items() for t, leaf in zip(pair, leaves[place], strict=True)]
+    used = [(t, leaf.grad) for t, leaf in pairs if leaf.grad is not None]
+    if used:
+        torch.autograd.backward([t for t, _ in used], [grad for _, grad in used])
+    return totals
+
+
+def _views(
+    graph: Graph,
+    x: Tensor,
+    y: Tensor,
+    moment: Moments,
+    settings: Settings,
+    statistics: Mapping[int, Statistics] | None = None,
+) -> Views:
+    return Views(
+        graph,
+        x,
+        y,
+        settings.train_ball().scaled(moment.eps_fraction),
+        moment.generator,
+        moment.eps_fraction,
+        moment.ramp,
+        statistics,
+        note_boxes=moment.ramp < 1 and any(r.needs_boxes for r in moment.regularizers),
+    )
+
+
+def _terms(views: Views, moment: Moments) -> dict[str, Tensor]:
+    terms = {name: value.mean() for name, value in moment.objective(views).items()}
+    for regularizer in moment.regularizers:
+        terms.update(regularizer(views))
+    return terms
+
+
+def build_model(settings: Settings, data: DataSet) -> nn.Module:
+    """The run's network with its starting weights."""
+    model = MODELS.parse(settings.model)(data.input_shape, len(data.classes), data.mean, data.std)
+    initialize_(model, settings.init, seeded("cpu", settings.seed, "weights"))
+    return model
+
+
+def validate(
+    model: nn.Module, data: DataSet, settings: Settings, verifier: Any, device: torch.device
+) -> dict[str, float]:
+    """Clean and certified accuracy on the held-out images, in percent."""
+    count = len(data.test)
+    right = certified = 0
+    for start in range(0, count, VALIDATION_BATCH):
+        index = torch.arange(start, min(start + VALIDATION_BATCH, count))
+        x, y = data.test.batch(index, device)
+        for verdict in verifier(model, x, y, settings.ball()):
+            right += verdict.status != "misclassified"
+            certified += verdict.status == "certified"
+    return {"clean": 100 * right / count, "certified": 100 * certified / count}
+
+
+def _claim(settings: Settings, out: Path) -> None:
+    """Write the settings into the run's folder, or refuse a folder of another run."""
+    path = out / SETTINGS
+    if not path.exists():
+        write_whole(path, json.dumps(settings.to_dict(), indent=2) + "\n")
+        return
+    stored = Settings.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    if stored != settings:
+        before, now = stored.to_dict(), settings.to_dict()
+        changed = [f"{name}: {before[name]!r} there, {now[name]!r} now" for name in now if before[name] != now[name]]
+        raise TrainingError(f"{out} holds a run with other settings ({'; '.join(changed)}); choose another folder")
+
+
+def _restore_hook(hook: Active, state: dict[str, Tensor], device: torch.device) -> None:
+    hook.restore({name: tensor.to(device) if tensor.dim() else tensor for name, tensor in state.items()})
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _tensorboard(out: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise TrainingError("TensorBoard is not installed; pip install 'robust-suite[tensorboard]'") from None
+    return SummaryWriter(str(out))
+
+
+def _line(record: dict[str, Any]) -> str:
+    words = [f"epoch {record['epoch']:>3}", f"eps {record['eps']:.4f}"]
+    words += [f"{name.removeprefix('loss/')} {value:.3f}" for name, value in record.items() if name.startswith("loss/")]
+    words += [f"{n.removeprefix('validation/')} {v:.1f} %" for n, v in record.items() if n.startswith("validation/")]
+    return "  ".join([*words, f"{record['images_per_second']:.0f} images/s"])
