@@ -16,7 +16,7 @@ from torch import Tensor
 from attacks.gradient import Precision, differentiate, measure
 from attacks.losses import Loss, misclassified
 from attacks.mode import Model
-from attacks.region import Unit, region_around
+from attacks.region import Region, Unit, region_around
 from attacks.threat import Ball
 
 Keep = Literal["first_fooled", "fooled", "best", "last"]
@@ -82,7 +82,9 @@ class Ascent:
         return [self.step_size * self.decay ** sum(step >= turn for turn in turns) for step in range(self.steps)]
 
 
-def ascend(model: Model, loss: Loss, task: Task, start: Tensor, plan: Ascent) -> tuple[Tensor, Tensor]:
+def ascend(
+    model: Model, loss: Loss, task: Task, start: Tensor, plan: Ascent, region: Region | None = None
+) -> tuple[Tensor, Tensor]:
     """Climb the loss from `start` inside the ball.
 
     One forward and one backward pass per step, and one more forward pass unless plan.keep is "last". Only
@@ -90,12 +92,13 @@ def ascend(model: Model, loss: Loss, task: Task, start: Tensor, plan: Ascent) ->
 
     Args:
         start: feasible points; overwritten.
+        region: region_around the examples in plan.unit, where the caller has it already.
 
     Returns:
         points, and their scores [B] for comparing runs: the loss, or infinity for a point that was kept because it is
         misclassified. With keep "last" they are unknown: nan.
     """
-    region = region_around(task.x, task.ball, plan.unit)
+    region = region or region_around(task.x, task.ball, plan.unit)
     track = None if plan.keep == "last" else _Track(plan.keep)
     point, velocity = start, None
     for length in plan.lengths():

@@ -7,7 +7,8 @@ from typing import Literal, Protocol, Self
 
 from torch import Tensor
 
-from attacks.threat import Ball, LinfBall
+from attacks.noise import Generators
+from attacks.threat import Ball, LinfBall, uniform_between
 
 Unit = Literal["eps", "box"]
 """What a step size of 1 means: the radius of the ball, or for each pixel half the width of the ball cut by the pixel
@@ -17,6 +18,9 @@ range (which is narrower for dark and bright pixels)."""
 class Region(Protocol):
     def project_(self, point: Tensor) -> Tensor:
         """Move points to feasible ones, in place."""
+
+    def sample(self, generators: Generators) -> Tensor:
+        """Random feasible points, uniform in the ball (see Ball.sample)."""
 
     def climb_(self, point: Tensor, gradient: Tensor, length: float) -> Tensor:
         """Move points by a step of `length` units along the gradient and project them, in place."""
@@ -48,6 +52,9 @@ class BoxRegion:
     def project_(self, point: Tensor) -> Tensor:
         return point.clamp_(self.lo, self.hi)
 
+    def sample(self, generators: Generators) -> Tensor:
+        return uniform_between(self.lo, self.hi, generators)
+
     def climb_(self, point: Tensor, gradient: Tensor, length: float) -> Tensor:
         # The inner loop of training: three passes over the pixels.
         if isinstance(self.unit, Tensor):
@@ -70,6 +77,9 @@ class NormRegion:
 
     def project_(self, point: Tensor) -> Tensor:
         return point.copy_(self.ball.project(point, self.x))
+
+    def sample(self, generators: Generators) -> Tensor:
+        return self.ball.sample(self.x, generators)
 
     def climb_(self, point: Tensor, gradient: Tensor, length: float) -> Tensor:
         return self.project_(point.add_(self.ball.steepest(gradient, self.ball.eps * length, at=point)))

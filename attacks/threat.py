@@ -78,9 +78,10 @@ class Ball(ABC):
                 bounds: the box contains every real point of the ball.
         """
         up, down = _directions(rounding)
-        lo, hi = _shifted(x, -self._radius(x), up), _shifted(x, self._radius(x), down)
         low, high = self._limits(x, rounding)
-        return _rounded(lo, x.dtype, up).clamp_(min=low), _rounded(hi, x.dtype, down).clamp_(max=high)
+        wide, radius = x.double(), self._radius(x)
+        lo, hi = _rounded_sum(wide, -radius, x.dtype, up), _rounded_sum(wide, radius, x.dtype, down)
+        return lo.clamp_(min=low), hi.clamp_(max=high)
 
     def eps_of(self, x: Tensor) -> Tensor:
         """Radius of each example in the dtype of x, [B, 1, ..., 1]."""
@@ -138,9 +139,7 @@ class LinfBall(Ball):
         return torch.clamp(x_adv, *self.box(x))
 
     def sample(self, x: Tensor, generator: Generators = None) -> Tensor:
-        lo, hi = self.box(x)
-        # The weighted sum may round past hi by one unit in the last place.
-        return torch.lerp(lo, hi, uniform(x.shape, x, generator)).clamp_(lo, hi)
+        return uniform_between(*self.box(x), generator)
 
     def steepest(self, gradient: Tensor, step: float | Tensor, at: Tensor | None = None) -> Tensor:
         return gradient.sign().mul_(_per_example(step, gradient))
@@ -149,8 +148,9 @@ class LinfBall(Ball):
         return a.abs().sum(dims)
 
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        lo, hi = _shifted(x, -self._radius(x), "up"), _shifted(x, self._radius(x), "down")
-        wide = x_adv.double()
+        wide, centre, radius = x_adv.double(), x.double(), self._radius(x)
+        lo = _rounded_sum(centre, -radius, torch.float64, "up")
+        hi = _rounded_sum(centre, radius, torch.float64, "down")
         return ((wide >= lo) & (wide <= hi)).flatten(1).all(dim=1) & self._in_range(x_adv)
 
 
@@ -259,6 +259,12 @@ def make_ball(
     raise ValueError(f"no norm named {norm!r}; known: linf, l2, l1")
 
 
+def uniform_between(lo: Tensor, hi: Tensor, generator: Generators = None) -> Tensor:
+    """Random point of a box, uniform in each pixel."""
+    # The weighted sum may round past hi by one unit in the last place.
+    return torch.lerp(lo, hi, uniform(lo.shape, lo, generator)).clamp_(lo, hi)
+
+
 def _check_range(pixel_range: tuple[float, float] | None) -> None:
     if pixel_range is not None and not pixel_range[0] < pixel_range[1]:
         raise ValueError(f"expected a pixel range (low, high) with low < high, got {pixel_range}")
@@ -302,32 +308,33 @@ def _directions(rounding: Rounding) -> tuple[Direction, Direction]:
 
 @functools.lru_cache(maxsize=64)
 def _limits(pixel_range: tuple[float, float], dtype: torch.dtype, rounding: Rounding) -> tuple[float, float]:
-    low, high = torch.tensor(pixel_range, dtype=torch.float64).unbind()
     up, down = _directions(rounding)
-    return _rounded(low, dtype, up).item(), _rounded(high, dtype, down).item()
+    return _rounded_number(pixel_range[0], dtype, up), _rounded_number(pixel_range[1], dtype, down)
 
 
-def _shifted(x: Tensor, shift: Tensor, direction: Direction) -> Tensor:
-    """x + shift in float64, rounded up or down instead of to the nearest.
+def _rounded_number(value: float, dtype: torch.dtype, direction: Direction) -> float:
+    near = torch.tensor(value, dtype=dtype)
+    if direction == "up":
+        return (torch.nextafter(near, _scalar(math.inf, near)) if near.item() < value else near).item()
+    return (torch.nextafter(near, _scalar(-math.inf, near)) if near.item() > value else near).item()
 
-    The rounding error of a floating-point sum is itself a floating-point number (Knuth's two-sum): its sign tells on
-    which side of the true sum the rounded one lies.
+
+def _rounded_sum(wide: Tensor, shift: Tensor, dtype: torch.dtype, direction: Direction) -> Tensor:
+    """wide + shift rounded up or down to `dtype`; `wide` is float64 and holds values of that dtype.
+
+    Rounded to the nearest first, and moved by one unit where that lies on the wrong side of the true sum. Which side
+    it lies on shows in either of two differences: rounding is monotone, so neither can point to the wrong side, and
+    one of them shows every error. (For float64 one difference is exact, as in Dekker's sum. For float32 an error
+    that both hide would be less than half a float64 unit of `shift` while being a multiple of one, unless the sum
+    all but cancels, and then it is a float32 number and there is no error.)
     """
-    a = x.double()
-    total = a + shift
-    back = total - a
-    error = (a - (total - back)) + (shift - back)
+    near = (wide + shift).to(dtype)
+    back = near.double()
     if direction == "up":
-        return torch.where(error > 0, torch.nextafter(total, _scalar(math.inf, total)), total)
-    return torch.where(error < 0, torch.nextafter(total, _scalar(-math.inf, total)), total)
-
-
-def _rounded(value: Tensor, dtype: torch.dtype, direction: Direction) -> Tensor:
-    """float64 to `dtype`, rounded up or down instead of to the nearest; always a new tensor."""
-    near = value.to(dtype, copy=True)
-    if direction == "up":
-        return torch.where(near.double() < value, torch.nextafter(near, _scalar(math.inf, near)), near)
-    return torch.where(near.double() > value, torch.nextafter(near, _scalar(-math.inf, near)), near)
+        wrong = (back - wide < shift).logical_or_(back - shift < wide)
+        return torch.where(wrong, torch.nextafter(near, _scalar(math.inf, near)), near)
+    wrong = (back - wide > shift).logical_or_(back - shift > wide)
+    return torch.where(wrong, torch.nextafter(near, _scalar(-math.inf, near)), near)
 
 
 def _scalar(value: float, like: Tensor) -> Tensor:

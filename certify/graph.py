@@ -84,11 +84,7 @@ class Snapshot:
 
     def to(self, dtype: torch.dtype) -> Snapshot:
         """The same ops with floating-point tensors of another precision."""
-
-        def cast(tensor: Tensor) -> Tensor:
-            return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-        return Snapshot(tuple(Node(n.name, _map_tensors(n.op, cast), n.inputs, n.shape) for n in self.nodes))
+        return Snapshot(tuple(Node(n.name, cast_tensors(n.op, dtype), n.inputs, n.shape) for n in self.nodes))
 
 
 @dataclass(frozen=True)
@@ -373,6 +369,11 @@ class _Capture:
         return UnsupportedOp(
             f"no bound rule for {layer} (node {node.name!r}). Rules exist for: {', '.join(RULES.names())}"
         )
+
+
+def cast_tensors(op: Op, dtype: torch.dtype) -> Op:
+    """The op with its floating-point tensors in another precision."""
+    return _map_tensors(op, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def _map_tensors(op: Op, function: Callable[[Tensor], Tensor]) -> Op:

@@ -226,9 +226,9 @@ def _summary_lines(report: Report) -> str:
     summary = report.summary()
     lines = []
     for name, rate in (
-        ("clean", summary.all.clean),
-        ("under attack", summary.all.attacked),
-        ("certified", summary.all.certified),
+        ("clean", summary.rates.clean),
+        ("under attack", summary.rates.under_attack),
+        ("certified", summary.rates.certified),
     ):
         low, high = rate.interval
         lines.append(

@@ -191,8 +191,10 @@ def _verified(
             attack_margin=rows[i].attack_margin,
             seconds=rows[i].seconds + verdict.seconds,
             precision=verdict.precision,
-            **({} if verdict.witness is None else _distances(verdict.witness, x[i])),
         )
+        if verdict.witness is not None:
+            margin = _margins(logits_of(model, verdict.witness[None]), y[i : i + 1]).item()
+            rows[i] = dataclasses.replace(rows[i], attack_margin=margin, **_distances(verdict.witness, x[i]))
     return rows
 
 
@@ -202,7 +204,7 @@ def _left(rows: Sequence[Row], x: Tensor) -> Tensor:
 
 
 def _distances(witness: Tensor, x: Tensor) -> dict[str, Any]:
-    delta = (witness.to(x.device).double().reshape(x.shape) - x.double()).flatten()
+    delta = (witness.double() - x.double()).flatten()
     return {"linf": delta.abs().max().item(), "l2": delta.norm().item()}
 
 

@@ -43,8 +43,8 @@ def html_page(report: Report, pictures: Sequence[Picture] = (), examples: Sequen
     summary = report.summary()
     title = f"{report.header.get('model', 'Model')} on {report.header.get('data', 'data')}"
     sections = [
-        _headline(summary),
-        _claim(report, summary),
+        _headline(report, summary),
+        _claim(report),
         _verdicts(summary),
         *map(_picture, pictures),
         _examples(report, examples),
@@ -74,13 +74,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def _headline(summary: Summary) -> str:
+def _headline(report: Report, summary: Summary) -> str:
     cards = [
         ("certified", "Certified accuracy", summary.rates.certified, "proved: no point of the ball changes the class"),
         ("attack", "Accuracy under attack", summary.rates.under_attack, "no point found that changes the class"),
         ("clean", "Clean accuracy", summary.rates.clean, "without perturbation"),
     ]
-    return f'<section class="cards">{"".join(_card(*card) for card in cards)}</section>'
+    shown = cards if report.verified else cards[1:]
+    return f'<section class="cards">{"".join(_card(*card) for card in shown)}</section>'
 
 
 def _card(kind: str, name: str, rate: Rate, meaning: str) -> str:
@@ -92,29 +93,36 @@ def _card(kind: str, name: str, rate: Rate, meaning: str) -> str:
     )
 
 
-def _claim(report: Report, summary: Summary) -> str:
-    """In words: what a certificate of this report says."""
-    header, ball = report.header, report.header.get("ball", {})
+def _claim(report: Report) -> str:
+    """In words: what the numbers of this report say."""
+    ball = report.header.get("ball")
     if not ball:
         return ""
     norm, limits = NORM_WORDS.get(ball["norm"], ball["norm"]), ball.get("pixel_range")
     where = f"pixel values stay in [{limits[0]:g}, {limits[1]:g}]" if limits else "pixel values have no limits"
-    precisions = sorted({row.precision for row in report.rows if row.status == "certified" and row.precision})
-    methods = sorted({row.method for row in report.rows if row.status == "certified"})
-    proof = (
-        f"Certificates come from {_list(methods)}{f', computed in {_list(precisions)}' if precisions else ''}."
-        if methods
-        else "No example was certified."
-    )
-    attack = header.get("attack")
-    unattacked = "No separate attack was run: what no verifier falsified counts as robust under attack."
-    attacked = f"The attack was {_code(attack)}." if attack else unattacked
+    around = f"{_text(norm)} distance from it is at most <strong>ε = {_text(radius(ball['eps']))}</strong>"
+    attack = report.header.get("attack")
+    attacked = f"The attack was {_code(attack)}." if attack else "No attack ran before the verifier."
+    if not report.verified:
+        return (
+            "<section><h2>What was attacked</h2>"
+            f"<p>The attack searched the images whose {around}; {where}. {attacked} No verifier ran, so the accuracy "
+            "under attack is an upper bound: a better attack may find more.</p></section>"
+        )
     return (
         "<section><h2>What is certified</h2>"
-        f"<p>For a certified example, every image whose {_text(norm)} distance from it is at most "
-        f"<strong>ε = {_text(radius(ball['eps']))}</strong> gets the right class; {where}. "
-        f"{proof} {attacked}</p></section>"
+        f"<p>For a certified example, every image whose {around} gets the right class; {where}. "
+        f"{_proofs(report)} {attacked}</p></section>"
     )
+
+
+def _proofs(report: Report) -> str:
+    certified = [row for row in report.rows if row.status == "certified"]
+    if not certified:
+        return "No example was certified."
+    precisions = sorted({row.precision for row in certified if row.precision})
+    arithmetic = f", computed in {_list(precisions)}" if precisions else ""
+    return f"Certificates come from {_list(sorted({row.method for row in certified}))}{arithmetic}."
 
 
 def _verdicts(summary: Summary) -> str:
@@ -182,11 +190,12 @@ def _stage_table(summary: Summary) -> str:
 def _class_table(report: Report, summary: Summary) -> str:
     if not summary.classes:
         return ""
+    first = 0 if report.verified else 2
     rows = [
-        (_text(class_name(report, label)), *_cells(rates), str(rates.clean.total))
+        (_text(class_name(report, label)), *_cells(rates)[first:], str(rates.clean.total))
         for label, rates in summary.classes.items()
     ]
-    heads = ("class", "certified", "95 % interval", "under attack", "clean", "examples")
+    heads = ("class", *("certified", "95 % interval", "under attack", "clean")[first:], "examples")
     return f"<section><h2>Per class</h2>{_table(heads, rows)}</section>"
 
 

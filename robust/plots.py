@@ -47,12 +47,7 @@ LIGHT = Theme("#ffffff", "#1c1c1c", "#d4d4d4", "#9a9a9a", "#e69f00", "#0072b2", 
 DARK = Theme("#16181d", "#e8e8e8", "#3a3d45", "#9a9a9a", "#e69f00", "#56b4e9", "#cc79a7", "#f08040", "#a8a8a8")
 
 LINES = (("clean", "clean", ":"), ("under_attack", "under attack", "--"), ("certified", "certified", "-"))
-ACCURACIES = (
-    ("certified", "certified", "-"),
-    ("attack", "under_attack", "--"),
-    ("adv", "under_attack", "--"),
-    ("clean", "clean", ":"),
-)
+ACCURACIES = {"validation/clean": ("clean", ":"), "validation/certified": ("certified", "-")}
 TERM_COLOURS = ("#e69f00", "#009e73", "#cc79a7", "#d55e00", "#8c8c8c")
 NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
 
@@ -120,7 +115,7 @@ def per_class(report: Report, theme: Theme = LIGHT) -> Figure:
     shown = sorted(shown) if len(shown) == len(classes) else shown
     figure, (axes,) = _figure(theme, 5.4, 1.1 + 0.34 * max(len(shown), 2))
     position = np.arange(len(shown))
-    for (name, word, _), height in zip(LINES, (0.78, 0.5, 0.22), strict=True):
+    for (name, word, _), height in zip(LINES[: 3 if report.verified else 2], (0.78, 0.5, 0.22), strict=False):
         values = [getattr(classes[label], name).fraction for label in shown]
         axes.barh(position, values, height, color=getattr(theme, name), label=word)
     axes.set_yticks(position, [_shorten(class_name(report, label), 18) for label in shown])
@@ -153,25 +148,22 @@ def examples(report: Report, rows: Sequence[Row], images: Tensor, theme: Theme =
 
 
 def training_curves(records: Sequence[Mapping[str, Any]], theme: Theme = LIGHT) -> Figure:
-    """Accuracies above and loss terms below, against the epoch.
+    """Validation accuracies above and loss terms below, against the epoch.
 
     Args:
-        records: objects of a JSON-lines log, each with a number `epoch`. Numbers whose name contains "accuracy", and
-            numbers named "loss" or under that name, as in {"loss": {"clean": 0.1}}, are drawn; others are left out.
+        records: objects of the trainer's log. Numbers named "validation/...", in percent, and "loss/..." are drawn
+            against the record's number `epoch`; records without one and other numbers are left out.
     """
-    curves = _curves(records)
     panels = {
-        "accuracy": {name: points for name, points in curves.items() if "accuracy" in name},
-        "loss": {name: points for name, points in curves.items() if "loss" in name and "accuracy" not in name},
+        "accuracy": {name: [(e, v / 100) for e, v in points] for name, points in _curves(records, "validation/")},
+        "loss": dict(_curves(records, "loss/")),
     }
     figure, (above, below) = _figure(theme, 5.4, 5.0, 2, 1, sharex=True)
     for axes, (title, lines) in zip((above, below), panels.items(), strict=True):
         for number, (name, points) in enumerate(lines.items()):
             colour, style = _line_look(name, number, theme)
             marker = "o" if len(points) == 1 else None
-            axes.plot(
-                *zip(*points, strict=True), style, color=colour, linewidth=1.9, marker=marker, label=_word(name, title)
-            )
+            axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.9, marker=marker, label=_word(name))
         axes.set_ylabel(title)
         if lines:
             axes.legend(
@@ -289,42 +281,32 @@ def margin_words(row: Row) -> str:
     return "no bound" if row.margin_lb is None else f"margin ≥ {row.margin_lb:.3g}"
 
 
-def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """Points (epoch, value) of every number in the log, by its name with nested names joined by a slash."""
+def _curves(records: Sequence[Mapping[str, Any]], start: str) -> list[tuple[str, list[tuple[float, float]]]]:
+    """Name and points (epoch, value) of every number in the log whose name begins with `start`."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for record in records:
-        epoch = record.get("epoch")
-        if not isinstance(epoch, int | float):
-            continue
-        for name, value in _numbers(record):
-            curves.setdefault(name, []).append((epoch, value))
-    return curves
-
-
-def _numbers(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            found += _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found.append((prefix + name, float(value)))
-    return found
+        for name, value in record.items():
+            if (
+                name.startswith(start)
+                and isinstance(value, int | float)
+                and isinstance(record.get("epoch"), int | float)
+            ):
+                curves.setdefault(name, []).append((record["epoch"], value))
+    return list(curves.items())
 
 
 def _line_look(name: str, number: int, theme: Theme) -> tuple[str, str]:
     """Colour and style of a curve: an accuracy looks as in the other pictures, a loss term takes the next colour."""
-    if "accuracy" in name:
-        for start, attribute, style in ACCURACIES:
-            if start in name:
-                return getattr(theme, attribute), style
+    if name in ACCURACIES:
+        attribute, style = ACCURACIES[name]
+        return getattr(theme, attribute), style
     colours, styles = (theme.certified, *TERM_COLOURS), ("-", "--", ":", "-.")
     return colours[number % len(colours)], styles[number // len(colours) % len(styles)]
 
 
-def _word(name: str, title: str) -> str:
-    """A curve's name without the word that the axis already says."""
-    words = [word for word in name.replace("_", " ").replace("/", " ").split() if word != title]
-    return _shorten(" ".join(words) or "total", 22)
+def _word(name: str) -> str:
+    """A curve's name without the part that the axis already says."""
+    return _shorten(name.partition("/")[2].replace("_", " "), 22)
 
 
 def _shorten(text: str, most: int) -> str:

@@ -43,7 +43,7 @@ class Row:
         method: stage that decided, as text.
         margin_lb: proved lower bound of the smallest margin over the ball, None where nothing finite was proved.
         attacked: whether the attack or the verifier found a witness, a point of the ball with another prediction.
-        attack_margin: smallest margin at the point the attack proposed, None where no attack ran.
+        attack_margin: margin at the witness, else at the point that the attack proposed; None where no attack ran.
         seconds: time spent on the example, its share where a batch was decided together.
         linf, l2: distance of the witness, in pixel units.
         precision: arithmetic of the verdict, such as "float32".
@@ -216,6 +216,11 @@ class Report:
         """Write header and rows as JSON lines, whole or not at all."""
         records = [header_record(self.header), *map(dataclasses.asdict, self.rows)]
         write_whole(rows_path(path), "".join(encode(record) + "\n" for record in records))
+
+    @property
+    def verified(self) -> bool:
+        """Whether a verifier ran; without one, nothing is certified because nobody tried."""
+        return self.header.get("verifier", "") is not None
 
     def summary(self) -> Summary:
         """Rates with counts and intervals; defined for an empty report, too."""

@@ -26,7 +26,8 @@ class Ramp(Schedule, Protocol):
 
 def ramp_progress(schedule: Schedule, step: int, steps_per_epoch: int) -> float:
     """Share of the ramp's steps that lie behind, in [0, 1]; 1 for a schedule without a ramp."""
-    start, end = getattr(schedule, "start", 0.0), getattr(schedule, "end", 0.0)
-    if end <= start:
+    # In whole steps, as the schedules count, so that the ramp is over exactly when the full radius is reached.
+    first, last = (round(getattr(schedule, name, 0.0) * steps_per_epoch) for name in ("start", "end"))
+    if step >= last or last <= first:
         return 1.0
-    return min(max((step / steps_per_epoch - start) / (end - start), 0.0), 1.0)
+    return max(step - first, 0) / (last - first)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from attacks.attack import Attack
 from attacks.methods.pgd import PGD
+from certify.graph import Snapshot, cast_tensors
+from certify.ops.affine import Conv2d, Linear
 from robust.views import Views
 
 BatchNormStatistics = Literal["batch", "running"]
@@ -23,5 +27,16 @@ SINGLE_STEP = PGD(steps=1, step_size=10.0, unit="box", keep="last", mode="keep")
 def adversarial(views: Views, attack: Attack, factor: float = 1.0, statistics: BatchNormStatistics = "batch") -> Tensor:
     """Points that the attack finds in the ball of `factor` times the step's radius, `[B, C, H, W]`, detached."""
     network = views.running if statistics == "running" else views.frozen
+    if getattr(attack, "precision", "float32") == "bfloat16":
+        network = _cast_weights(network)
     ball = views.ball if factor == 1 else views.ball.scaled(factor)
     return attack(network, views.x, views.y, ball, generator=views.generator)
+
+
+def _cast_weights(network: Snapshot) -> Snapshot:
+    """Weight layers in bfloat16: autocast would convert them anew at every step of the attack."""
+    nodes = (
+        replace(node, op=cast_tensors(node.op, torch.bfloat16)) if isinstance(node.op, Conv2d | Linear) else node
+        for node in network.nodes
+    )
+    return Snapshot(tuple(nodes))

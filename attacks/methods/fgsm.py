@@ -14,6 +14,7 @@ from attacks.gradient import Precision
 from attacks.losses import LOSSES
 from attacks.methods.pgd import start_points
 from attacks.mode import Mode, Model, attack_mode
+from attacks.region import region_around
 from attacks.threat import Ball
 
 
@@ -52,7 +53,8 @@ class FGSM:
         generator: torch.Generator | None = None,
         index: Tensor | None = None,
     ) -> Tensor:
-        start = start_points(self.start, x, ball, noise_of(self.seed, x, generator, index)(None, 0))
+        region = region_around(x, ball)
+        start = start_points(self.start, x, region, noise_of(self.seed, x, generator, index)(None, 0))
         plan = Ascent(steps=1, step_size=self.step_size, keep="last", precision=self.precision)
         with attack_mode(model, self.mode):
-            return ascend(model, LOSSES[self.loss], Task(x, (y,), ball), start, plan)[0]
+            return ascend(model, LOSSES[self.loss], Task(x, (y,), ball), start, plan, region)[0]

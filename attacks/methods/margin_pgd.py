@@ -14,7 +14,7 @@ from attacks.gradient import Precision, forward
 from attacks.losses import misclassified, strongest_targets, targeted_margin
 from attacks.methods.pgd import Start, start_points
 from attacks.mode import Mode, Model, attack_mode
-from attacks.region import Unit
+from attacks.region import Region, Unit, region_around
 from attacks.threat import Ball
 
 
@@ -83,22 +83,25 @@ class MarginPGD:
             width = min(max(self.rows // len(left), 1), targets.shape[1] - tried)
             for rows in left.split(self.rows):
                 task = survivors.task.select(rows)
+                region = region_around(task.x, task.ball, self.unit)
                 # Keyed by the rank of the target: the start of a pair does not depend on what runs beside it.
                 starts = [
-                    start_points(self.start, task.x, ball=task.ball, generators=noise(rows, restart, rank))
+                    start_points(self.start, task.x, region, noise(rows, restart, rank))
                     for rank in range(tried, tried + width)
                 ]
-                points, scores = self._run(model, task, targets[rows, tried : tried + width], torch.cat(starts))
-                survivors.add(points, scores, rows)
+                ranked = targets[rows, tried : tried + width]
+                survivors.add(*self._run(model, task, region, ranked, torch.cat(starts)), rows)
             tried += width
 
-    def _run(self, model: Model, task: Task, targets: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, model: Model, task: Task, region: Region, targets: Tensor, start: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Attack n examples on the targets [n, T] at once, start [T n, ...], and keep the best target of each."""
         count, width = targets.shape
         example = torch.arange(count, device=targets.device).repeat(width)
         pairs = task.select(example)
         pairs = replace(pairs, labels=(pairs.labels[0], targets.t().reshape(-1)), owner=example)
-        points, scores = ascend(model, targeted_margin, pairs, start, self._plan())
+        points, scores = ascend(model, targeted_margin, pairs, start, self._plan(), region.select(example))
         scores, best = scores.view(width, count).max(dim=0)
         return points[best * count + example[:count]], scores
 

@@ -14,7 +14,7 @@ from attacks.gradient import Precision, forward
 from attacks.losses import LOSSES, Loss, kl_to_reference, misclassified
 from attacks.mode import Mode, Model, attack_mode
 from attacks.noise import Generators, normal
-from attacks.region import Unit
+from attacks.region import Region, Unit, region_around
 from attacks.threat import Ball
 
 Start = Literal["uniform", "gaussian", "clean"]
@@ -93,8 +93,9 @@ class PGD:
             return points
 
     def _run(self, model: Model, loss: Loss, task: Task, generators: Generators) -> tuple[Tensor, Tensor]:
-        start = start_points(self.start, task.x, task.ball, generators)
-        return ascend(model, loss, task, start, self._plan())
+        region = region_around(task.x, task.ball, self.unit)
+        start = start_points(self.start, task.x, region, generators)
+        return ascend(model, loss, task, start, self._plan(), region)
 
     def _plan(self) -> Ascent:
         step_size = 2.5 / max(self.steps, 1) if self.step_size is None else self.step_size
@@ -114,10 +115,10 @@ class PGD:
         return LOSSES[self.loss], Task(x, (y,), ball), fooled
 
 
-def start_points(start: Start, x: Tensor, ball: Ball, generators: Generators) -> Tensor:
+def start_points(start: Start, x: Tensor, region: Region, generators: Generators) -> Tensor:
     """Feasible points to climb from, in a tensor of their own."""
     if start == "clean":
         return x.detach().clone()
     if start == "gaussian":
-        return ball.project(x + GAUSSIAN_START * normal(x.shape, x, generators), x)
-    return ball.sample(x, generators)
+        return region.project_(x + GAUSSIAN_START * normal(x.shape, x, generators))
+    return region.sample(generators)

@@ -24,7 +24,7 @@ from certify.region import Region
 ROW_BUDGET = 64 * 2**20
 """Numbers in the largest coefficient tensor of a backward pass; more rows than fit are done in chunks."""
 
-Boxes = dict[int, Box]
+Boxes = dict[int, Box | Interval]
 """Bounds of nodes by place; at least of every node that a nonlinear op reads."""
 
 Alphas = Mapping[int, Tensor]

@@ -8,7 +8,6 @@ from torch import Tensor
 from certify.bounds.crown import Boxes, relaxed_inputs
 from certify.graph import Snapshot
 from certify.interval import Interval
-from certify.op import Box
 from certify.ops.affine import Linear
 from certify.region import Region
 
@@ -25,7 +24,7 @@ def interval_walk(snapshot: Snapshot, start: Interval, keep_boxes: bool = True) 
         value = values[place]
         assert value is not None
         if place in needed:
-            boxes[place] = Box(value.lb, value.ub)
+            boxes[place] = value
         for i in node.inputs:
             if last_use[i] == place:
                 values[i] = None

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from certify.blocks import blocks
 from certify.interval import Interval
 from certify.op import RULES, Activation, Box, Call, Lines, Op
 
@@ -41,7 +42,7 @@ class ReLU(Activation):
         return (box.ub > -box.lb).to(box.lb.dtype).unsqueeze(0)
 
     def lines(self, box: Box, alpha: Tensor | None = None) -> Lines:
-        lb, ub = box
+        lb, ub = box.lb, box.ub
         a = self.negative_slope
         unstable = self.loose(box)
         chosen = self.default_alpha(box)[0] if alpha is None else alpha[0]
@@ -61,6 +62,9 @@ class ReLU(Activation):
     ) -> tuple[list[Tensor], Tensor]:
         box = boxes[0]
         assert box is not None
+        if isinstance(box, Interval) and alpha is None and self.negative_slope == 0.0:
+            through, constant = _ReLUBackward.apply(A, box.center, box.radius)
+            return [through], constant
         lines = self.lines(box, alpha)
         assert lines.upper_intercept is not None
         negative = A.clamp(max=0)
@@ -78,22 +82,84 @@ class _ReLUInterval(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-        ub = torch.add(center, radius).relu_()
-        lb = torch.sub(center, radius).relu_()
-        center = torch.lerp(lb, ub, 0.5)
-        radius = torch.sub(center, lb, out=lb)
-        ctx.save_for_backward(center, radius)
-        return center, radius
+        out_center, out_radius = torch.empty_like(center), torch.empty_like(center)
+        for b in blocks(center):
+            ub = torch.add(center[b], radius[b]).relu_()
+            lb = torch.sub(center[b], radius[b]).relu_()
+            middle = torch.lerp(lb, ub, 0.5, out=out_center[b])
+            torch.sub(middle, lb, out=out_radius[b])
+        ctx.save_for_backward(out_center, out_radius)
+        return out_center, out_radius
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        grad_center, grad_radius = grads
         center, radius = ctx.saved_tensors
-        passes = torch.ops.aten.threshold_backward  # grad where its second argument is positive, else 0
-        upper = passes(grad_center + grad_radius, center + radius, 0)
-        lower = passes(grad_center - grad_radius, center - radius, 0)
-        grad_center = torch.lerp(lower, upper, 0.5)
-        return grad_center, torch.sub(grad_center, lower, out=lower)
+        d_center, d_radius = torch.empty_like(center), torch.empty_like(center)
+        for b in blocks(center):
+            upper = _where_positive(grads[0][b] + grads[1][b], center[b] + radius[b])
+            lower = _where_positive(grads[0][b] - grads[1][b], center[b] - radius[b])
+            middle = torch.lerp(lower, upper, 0.5, out=d_center[b])
+            torch.sub(middle, lower, out=d_radius[b])
+        return d_center, d_radius
+
+
+class _ReLUBackward(torch.autograd.Function):
+    """The backward (CROWN) rule of ReLU with the adaptive lower slope, on a box given by centre c and radius r.
+
+    The lower slope is 1 exactly where c > 0, whether the neuron is stable or not. The upper slope is
+    s = clamp((c + r) / 2r, 0, 1) and its intercept s max(r - c, 0). A is `[R, B, *shape]`. Written out by hand because
+    the general rule takes some forty passes over tensors of A's size when it is differentiated.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+        out = torch.empty_like(A)
+        constant = A.new_empty(A.shape[:2])
+        for b in blocks(A, 1):
+            slope, drop = _chord(center[b], radius[b])
+            negative = A[:, b].clamp(max=0)
+            constant[:, b] = torch.einsum("rbn,bn->rb", negative.flatten(2), drop.mul_(slope).flatten(1))
+            rising = _where_positive(A[:, b] - negative, center[b].expand_as(negative))
+            torch.addcmul(rising, negative, slope, out=out[:, b])
+        ctx.save_for_backward(A, center, radius)
+        return out, constant
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        A, center, radius = ctx.saved_tensors
+        d_A, d_center, d_radius = torch.empty_like(A), torch.empty_like(center), torch.empty_like(center)
+        for b in blocks(A, 1):
+            grad, grad_constant = grads[0][:, b], grads[1][:, b]
+            grad_constant = grad_constant.reshape(*grad_constant.shape, *[1] * (A.dim() - 2))
+            slope, drop = _chord(center[b], radius[b])
+            negative = A[:, b].clamp(max=0)
+            through_chord = torch.addcmul(grad, grad_constant, drop)
+            # d slope = sum over rows of A- (grad + grad_constant * drop); its own derivatives are 1/2r and -c/2r^2.
+            d_slope = (negative * through_chord).sum(0)
+            partial = d_slope.div_(radius[b].clamp(min=TINY)).mul_(0.5)
+            partial = torch.where((slope > 0) & (slope < 1), partial, 0.0)
+            d_drop = (negative * grad_constant).sum(0).mul_(slope)
+            d_drop = _where_positive(d_drop, drop)
+            torch.sub(partial, d_drop, out=d_center[b])
+            torch.addcmul(d_drop, partial, slope.mul(2).sub_(1), value=-1, out=d_radius[b])
+            falling = through_chord.mul_(slope)
+            rising = _where_positive(grad, center[b].expand_as(grad))
+            torch.where(negative < 0, falling, rising, out=d_A[:, b])
+        return d_A, d_center, d_radius
+
+
+TINY = 1e-30
+
+
+def _chord(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+    """(slope of the upper line, max(-lb, 0)); intercept = their product."""
+    slope = torch.div(center, radius.clamp(min=TINY)).mul_(0.5).add_(0.5).clamp_(0, 1)
+    return slope, torch.sub(radius, center).relu_()
+
+
+def _where_positive(values: Tensor, sign: Tensor) -> Tensor:
+    """`values` where `sign` is positive, else 0: one pass, unlike a product with a mask."""
+    return torch.ops.aten.threshold_backward(values, sign, 0)
 
 
 @RULES.module(nn.ReLU)

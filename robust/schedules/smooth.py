@@ -34,6 +34,8 @@ class Smooth:
         if step <= first:
             return 0.0
         turn = int(self.middle * (last - first)) + first
+        if turn == first:
+            return (step - first) / (last - first)  # too short a ramp for a curve
         scale = (turn - first) ** (self.power - 1)
         unit = 1 / ((last - turn) * self.power * scale + (turn - first) * scale)
         if step < turn:

@@ -11,8 +11,14 @@ from torch import nn
 
 from attacks import ATTACKS, Attack, as_torchattack, make_ball
 
+
+def shortened(name: str) -> str:
+    """The attack at its defaults, but for the length of its runs."""
+    return f"{name}:steps=12" if hasattr(ATTACKS[name], "steps") else name
+
+
 ATTACK_TEXTS = [
-    *ATTACKS.names(),
+    *map(shortened, ATTACKS.names()),
     "fgsm:start=uniform,step_size=1.25",
     "pgd:keep=last,decay=0.1,decay_at=0.5+0.8,unit=box",
     "pgd:keep=best,restarts=3,steps=5,start=gaussian,loss=kl",

@@ -30,15 +30,15 @@ class Kite:
     colour: Literal["red", "blue"] = "red"
     name: str = "kite"
     wind: float | None = None
-    toy: Ball = method_field(TOYS, Ball())  # noqa: RUF009
-    spare: Ball | None = method_field(TOYS, None)  # noqa: RUF009
+    toy: Ball = method_field(TOYS, Ball())
+    spare: Ball | None = method_field(TOYS, None)
 
 
 @TOYS.register("box")
 @dataclass(frozen=True)
 class Box:
-    first: Kite | Ball = method_field(TOYS, Ball())  # noqa: RUF009
-    second: Kite | Ball = method_field(TOYS, Kite())  # noqa: RUF009
+    first: Kite | Ball = method_field(TOYS, Ball())
+    second: Kite | Ball = method_field(TOYS, Kite())
 
 
 VALUES = [

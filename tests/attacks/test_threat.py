@@ -99,20 +99,25 @@ def test_the_inward_box_is_the_largest_one_inside_and_the_outward_box_the_smalle
         assert below < max(Fraction(pixel) - Fraction(eps), Fraction(0)) < above
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=600, deadline=None, derandomize=True)
 @given(
-    pixel=st.floats(0, 1, width=32),
-    eps=st.floats(0, 1),
+    pixel=st.floats(-1, 1, width=32),
+    eps=st.one_of(st.floats(0, 1), st.floats(0, 1, width=32), st.sampled_from([1e-30, 8 / 255, 2.0**-149])),
+    near=st.booleans(),
     wide=st.booleans(),
 )
-def test_the_box_of_any_pixel_and_radius_is_rounded_to_the_right_side(pixel, eps, wide):
+def test_the_box_of_any_pixel_and_radius_is_rounded_to_the_right_side(pixel, eps, near, wide):
+    pixel = torch.tensor(eps).item() if near else pixel  # a pixel and a radius that all but cancel
     x = torch.tensor([[pixel]], dtype=torch.float64 if wide else torch.float32)
-    lo, hi = (t.item() for t in LinfBall(eps).box(x))
-    outer_lo, outer_hi = (t.item() for t in LinfBall(eps).box(x, "outward"))
-    low, high = max(Fraction(pixel) - Fraction(eps), Fraction(0)), min(Fraction(pixel) + Fraction(eps), Fraction(1))
-    assert outer_lo <= low <= lo <= hi <= high <= outer_hi
-    assert LinfBall(eps).contains(torch.tensor([[lo]], dtype=x.dtype), x).all()
-    assert outer_lo == lo or not LinfBall(eps).contains(torch.tensor([[outer_lo]], dtype=x.dtype), x).any()
+    ball = LinfBall(eps, pixel_range=None)
+    lo, hi = (t.item() for t in ball.box(x))
+    outer_lo, outer_hi = (t.item() for t in ball.box(x, "outward"))
+    low, high = Fraction(pixel) - Fraction(eps), Fraction(pixel) + Fraction(eps)
+    assert outer_lo <= low <= lo <= pixel <= hi <= high <= outer_hi
+    assert ball.contains(torch.tensor([[lo]], dtype=x.dtype), x).all()
+    assert outer_lo == lo or not ball.contains(torch.tensor([[outer_lo]], dtype=x.dtype), x).any()
+    step_up = torch.nextafter(torch.tensor(outer_lo, dtype=x.dtype), torch.tensor(math.inf, dtype=x.dtype)).item()
+    assert lo in (outer_lo, step_up)
 
 
 def test_zero_and_one_stay_exact_limits_of_the_outward_box():

@@ -96,6 +96,16 @@ def test_the_verifier_sees_only_what_the_attack_left() -> None:
     assert evaluate(linear_model(), data(), BALL, None).summary().statuses["unknown"] == 18
 
 
+def test_the_margin_of_a_falsified_example_is_the_one_at_its_witness() -> None:
+    # The attack is too short to find anything, so every witness is the verifier's.
+    report = evaluate(linear_model(), data(), BALL, ExactLinear(), WorstPoint(share=1e-3))
+    falsified = [row for row in report.rows if row.attacked]
+    assert falsified and {row.method for row in falsified} == {"exact"}
+    for row in falsified:
+        assert row.attack_margin == pytest.approx(row.margin_lb, abs=1e-5)
+        assert row.linf == pytest.approx(0.05)
+
+
 def test_a_point_outside_the_ball_is_no_witness() -> None:
     cheating = evaluate(linear_model(), data(), LinfBall(1e-4, None), None, WorstPoint(share=5000.0))
     assert not any(row.attacked for row in cheating.rows)

@@ -109,15 +109,22 @@ def test_a_thumbnail_has_the_pixels_of_the_image() -> None:
         assert np.abs(shown - expected).max() <= 1 / 255
 
 
-def test_training_curves_take_accuracies_and_nested_loss_terms() -> None:
-    log = [
-        {"epoch": e, "lr": 0.1, "clean_accuracy": 0.1 * e, "loss": {"total": 2.0, "relu_balance": 1.0}, "note": "text"}
+def test_training_curves_take_validation_accuracies_and_loss_terms_of_the_trainers_log() -> None:
+    log: list[dict[str, object]] = [
+        {
+            "epoch": e,
+            "lr": 0.1,
+            "validation/clean": 10.0 * e,
+            "loss/total": 2.0,
+            "loss/relu_balance": 1.0,
+            "note": "text",
+        }
         for e in range(1, 4)
     ]
-    log += [{"event": "saved"}, {"epoch": 4, "clean_accuracy": None, "loss": {"total": math.pi}}]
+    log += [{"event": "saved", "loss/total": 5.0}, {"epoch": 4, "validation/clean": None, "loss/total": math.pi}]
     figure = training_curves(log)
     above, below = figure.axes
-    assert [list(line.get_ydata()) for line in above.get_lines()] == [[0.1, 0.2, pytest.approx(0.3)]]
+    assert [list(line.get_ydata()) for line in above.get_lines()] == [pytest.approx([0.1, 0.2, 0.3])]
     assert [list(line.get_xdata()) for line in below.get_lines()] == [[1, 2, 3, 4], [1, 2, 3]]
     assert {"clean", "total", "relu balance", "epoch", "loss", "accuracy"} <= set(words(figure))
 

@@ -56,7 +56,7 @@ def images() -> MemoryImages:
 
 def test_the_folder_holds_rows_summary_pictures_and_page(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
-    log.write_text(encode({"epoch": 1, "clean_accuracy": 0.5, "loss": 2.0}) + '\n{"epoch": 2, "cl')
+    log.write_text(encode({"epoch": 1, "validation/clean": 50.0, "loss/total": 2.0}) + '\n{"epoch": 2, "cl')
     curve = EpsCurve("linf", (0.0, 8 / 255), (0.5, 0.25), (0.5, 0.5), 0.75, 12)
     page = write_report(report(), tmp_path / "run", images=images(), log=log, curve=curve)
     assert page == tmp_path / "run" / "report.html"
@@ -115,6 +115,14 @@ def test_every_report_has_a_page(tmp_path: Path, given: Report) -> None:
     text = Tags(write_report(given, tmp_path).read_text()).text
     assert "Certified accuracy" in text
     assert "nan" not in text
+
+
+def test_a_report_of_an_attack_alone_claims_nothing_about_certificates(tmp_path: Path) -> None:
+    rows = tuple(row for row in report().rows if row.status != "certified")
+    page = write_report(Report({**HEADER, "verifier": None, "attack": "pgd"}, rows), tmp_path).read_text()
+    text = " ".join(Tags(page).text.split())
+    assert "Certified accuracy" not in text and "What is certified" not in text
+    assert "No verifier ran, so the accuracy under attack is an upper bound" in text
 
 
 @pytest.mark.parametrize(
