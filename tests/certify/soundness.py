@@ -77,12 +77,12 @@ def check_rules(model: nn.Module, x: Tensor, ball: Ball, rows: int = 16, points:
         # Half of the rows read one output each: in a sum over many, the slack of one hides the mistake of another.
         single = torch.randint(out[0, 0].numel(), (rows // 2, len(x), 1), generator=generator)
         A[: rows // 2] *= torch.zeros(rows // 2, len(x), out[0, 0].numel()).scatter_(2, single, 1.0).view_as(A[: rows // 2])
-        alphas = [None]
+        alphas: list[Tensor | None] = [None]
         if isinstance(node.op, Activation) and node.op.free:
             shape = (node.op.free, rows, *v[0].shape[1:])
             alphas += [torch.rand(shape, generator=generator).to(x.dtype), torch.zeros(shape), torch.ones(shape)]
-        for alpha in alphas:
-            sources, constant = node.op.backward(A, boxes, None if alpha is None else alpha.to(x.dtype))
+        for alpha, given in [(None, inputs)] + [(alpha, boxes) for alpha in alphas]:
+            sources, constant = node.op.backward(A, given, None if alpha is None else alpha.to(x.dtype))
             line = constant + sum(_rows(a, part) for a, part in zip(sources, v, strict=True))
             gap = _rows(A, out) - line
             tolerance = TOLERANCE[x.dtype] * float(_rows(A.abs(), out.abs()).max().clamp(min=1))

@@ -56,7 +56,7 @@ def test_tiny_balls_are_certified_and_wrong_predictions_are_misclassified(name: 
     y[2] = (y[2] + 1) % CLASSES
     verdicts = VERIFIERS.parse(name)(model, x, y, ball)
     assert [v.status for v in verdicts] == ["certified"] * 2 + ["misclassified"] + ["certified"] * 3
-    for verdict, logits, label in zip(verdicts, model(x), y, strict=True):
+    for verdict, logits, label in zip(verdicts, model(x).detach(), y, strict=True):
         others = logits[torch.arange(CLASSES) != label]
         if verdict.status == "certified":
             assert 0 < verdict.margin_lb <= float(logits[label] - others.max()) + 1e-5
@@ -65,8 +65,8 @@ def test_tiny_balls_are_certified_and_wrong_predictions_are_misclassified(name: 
 @pytest.mark.parametrize("name", ALL)
 def test_no_verifier_certifies_where_the_cascade_found_a_witness(name: str) -> None:
     model, x, y = problem(count=12)
-    for eps in (0.02, 0.05, 0.1):
-        witnesses = Cascade()(model, x, y, LinfBall(eps))
+    for eps in (0.03, 0.1):
+        witnesses = Cascade(alpha_iterations=5)(model, x, y, LinfBall(eps))
         for found, verdict in zip(witnesses, VERIFIERS.parse(name)(model, x, y, LinfBall(eps)), strict=True):
             assert {found.status, verdict.status} != {"falsified", "certified"}
     assert any(v.status == "falsified" for v in witnesses)
@@ -256,7 +256,7 @@ def test_every_stage_of_the_cascade_is_named_by_what_it_decides() -> None:
     eps = torch.logspace(-4, -0.7, 24)
     verdicts = Cascade(alpha_iterations=10)(model, x, y, LinfBall(eps))
     methods = {v.method for v in verdicts}
-    assert {"cascade/attack", "cascade/ibp", "cascade/crown"} <= methods
+    assert {"cascade/attack", "cascade/ibp"} <= methods and methods & {"cascade/crown_ibp", "cascade/crown"}
     assert all(v.method == "cascade" for v in verdicts if v.status == "unknown")
     assert all((v.witness is not None) == (v.status == "falsified") for v in verdicts)
     assert all(v.seconds > 0 for v in verdicts)
