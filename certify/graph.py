@@ -228,7 +228,8 @@ class _Capture:
             graph = _Tracer().trace(model)
         except (torch.fx.proxy.TraceError, TypeError, RuntimeError) as error:
             raise CaptureError(
-                f"{type(model).__name__}: the forward pass cannot be traced ({error}); control flow must not depend on tensor values"
+                f"{type(model).__name__}: the forward pass cannot be traced ({error}); "
+                "control flow must not depend on tensor values"
             ) from error
         with torch.no_grad():
             for node in graph.nodes:
@@ -357,8 +358,9 @@ class _Capture:
     def _is_in_place(self, node: torch.fx.Node) -> bool:
         if node.op == "call_module":
             return bool(getattr(self.model.get_submodule(str(node.target)), "inplace", False))
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        return (name.endswith("_") and not name.endswith("__")) or node.target in IN_PLACE or bool(node.kwargs.get("inplace", False))
+        name = node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
+        by_name = name.endswith("_") and not name.endswith("__")
+        return by_name or node.target in IN_PLACE or bool(node.kwargs.get("inplace", False))
 
     def _tensor_sources(self, node: torch.fx.Node) -> list[torch.fx.Node]:
         """Traced tensors among the arguments, in order and with repetitions (x + x reads x twice)."""

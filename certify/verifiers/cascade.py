@@ -37,8 +37,8 @@ class Cascade:
         batch_size: examples that the attacks and intervals take at a time; the dearer bounds take fewer.
     """
 
-    attack: Attack | None = method_field(ATTACKS, MarginPGD(steps=10))  # noqa: RUF009
-    long_attack: Attack | None = method_field(ATTACKS, MarginPGD(steps=100, restarts=5))  # noqa: RUF009
+    attack: Attack | None = method_field(ATTACKS, MarginPGD(steps=10))
+    long_attack: Attack | None = method_field(ATTACKS, MarginPGD(steps=100, restarts=5))
     alpha_iterations: int = 20
     optimise_intermediate: bool = True
     timeout: float = 60.0

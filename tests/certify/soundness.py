@@ -70,13 +70,17 @@ def check_rules(model: nn.Module, x: Tensor, ball: Ball, rows: int = 16, points:
         v = [box.center + box.radius * side for box, side in zip(inputs, sides, strict=True)]
         out = node.op.forward(*(part.flatten(0, 1) for part in v)).unflatten(0, (points, len(x)))
         boxes = [Box(box.lb, box.ub) for box in inputs]
-        if all(box.ball is None for box in inputs):  # the box of an l2 ball's image is smaller than the image of its box
+        if all(
+            box.ball is None for box in inputs
+        ):  # the box of an l2 ball's image is smaller than the image of its box
             for i in range(len(x)):
                 _inside(f"interval of {node.name!r}", intervals[-1].lb[i], intervals[-1].ub[i], out[:, i])
         A = torch.randn(rows, *out.shape[1:], generator=generator).to(x.dtype)
         # Half of the rows read one output each: in a sum over many, the slack of one hides the mistake of another.
         single = torch.randint(out[0, 0].numel(), (rows // 2, len(x), 1), generator=generator)
-        A[: rows // 2] *= torch.zeros(rows // 2, len(x), out[0, 0].numel()).scatter_(2, single, 1.0).view_as(A[: rows // 2])
+        A[: rows // 2] *= (
+            torch.zeros(rows // 2, len(x), out[0, 0].numel()).scatter_(2, single, 1.0).view_as(A[: rows // 2])
+        )
         alphas: list[Tensor | None] = [None]
         if isinstance(node.op, Activation) and node.op.free:
             shape = (node.op.free, rows, *v[0].shape[1:])
@@ -127,7 +131,7 @@ def sampled(x: Tensor, ball: Ball, count: int, generator: torch.Generator) -> Te
 
 
 def attacked(model: nn.Module, x: Tensor, ball: Ball, cloud: Tensor, steps: int = 5) -> Tensor:
-    """Signed gradient ascent and descent on each logit and each difference of logits, from the extreme sampled points."""
+    """Gradient ascent and descent on each logit and each difference of logits, from the extreme sampled points."""
     with torch.no_grad():
         logits = model(cloud)
         classes = logits.shape[1]

@@ -76,6 +76,26 @@ def test_linear_bounds_are_exact_where_every_neuron_is_stable(method: str, ball:
         torch.testing.assert_close(bounds.ub[i], model(point) + spread, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "front", [nn.Identity(), nn.ZeroPad2d(1), nn.Unflatten(1, (1, 2))], ids=["plain", "pad", "shape"]
+)
+@pytest.mark.parametrize("ball", [LinfBall(0.1), L2Ball(0.3), L1Ball(0.5)], ids=lambda b: b.norm)
+def test_hidden_bounds_of_the_first_layer_are_exact(front: nn.Module, ball: LinfBall | L2Ball | L1Ball) -> None:
+    ball = type(ball)(ball.eps, pixel_range=None)
+    x = torch.rand(3, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    first = nn.Sequential(front, nn.Flatten(), nn.Linear(front(x)[0].numel(), 6)).double()
+    model = nn.Sequential(first, nn.ReLU(), nn.Linear(6, 2).double())
+    boxes = intermediate_boxes(capture(model, x).snapshot().without_gradient(), Region.around(x, ball))
+    (box,) = boxes.values()
+    for i in range(len(x)):
+        jacobian = torch.autograd.functional.jacobian(lambda v: first(v)[0], x[i : i + 1]).flatten(1)
+        spread = ball.dual_norm(jacobian, (1,)) * ball.eps
+        unstable = (box.lb[i] < 0) & (box.ub[i] > 0)
+        torch.testing.assert_close(box.ub[i][unstable], (first(x[i : i + 1])[0] + spread)[unstable])
+        torch.testing.assert_close(box.lb[i][unstable], (first(x[i : i + 1])[0] - spread)[unstable])
+
+
 def exact_minima(model: nn.Sequential, x: Tensor, eps: float) -> Tensor:
     """Smallest value of every output of a one-hidden-layer network on the box, by all activation patterns."""
     w1, b1, w2, b2 = (t.detach().numpy() for t in (*model[0].parameters(), *model[2].parameters()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -76,10 +77,9 @@ def tangents_past_the_limit(rule: Any) -> Any:
     return lambda op, lb, ub: torch.maximum(rule(op, lb, ub), (0.5 * (lb + ub)).clamp(max=0))
 
 
-def transposed_without_dilation(rule: Any) -> Any:
+def kernel_flipped(rule: Any) -> Any:
     def transpose(op: Conv2d, A: Tensor) -> Tensor:
-        return rule(Conv2d(op.weight.flip(2), *(getattr(op, n) for n in
-                    ("bias", "stride", "padding", "dilation", "groups", "in_shape"))), A)  # fmt: skip
+        return rule(replace(op, weight=op.weight.flip(2)), A)
 
     return transpose
 
@@ -128,7 +128,9 @@ def sources_reversed(rule: Any) -> Any:
 
 
 def radius_of_first_branch(rule: Any) -> Any:
-    return lambda op, *boxes: Interval(rule(op, *boxes).center, op.forward(*(b.radius * (n == 0) for n, b in enumerate(boxes))))
+    return lambda op, *boxes: Interval(
+        rule(op, *boxes).center, op.forward(*(b.radius * (n == 0) for n, b in enumerate(boxes)))
+    )
 
 
 def interval_of_upper_end(rule: Any) -> Any:
@@ -173,23 +175,71 @@ def last_source_only(rule: Any) -> Any:
 
 
 BUGS: dict[str, tuple[Any, str, Callable[[Any], Any], list[Any], Ball]] = {
-    "linear: radius by signed weights": (Linear, "absolute", lambda rule: lambda op, r: F.linear(r, op.weight), [KINDS["linear"], RELU], LINF),
+    "linear: radius by signed weights": (
+        Linear,
+        "absolute",
+        lambda rule: lambda op, r: F.linear(r, op.weight),
+        [KINDS["linear"], RELU],
+        LINF,
+    ),
     "linear: no bias in backward": (Linear, "constant", wrap(no_constant), [KINDS["linear"], RELU], LINF),
     "linear: sign of the transpose": (Linear, "transpose", times(-1), [KINDS["linear"], RELU], LINF),
     "linear: rows without bias": (Linear, "rows", wrap(lambda out, *_: Linear(out.weight)), [RELU], LINF),
-    "conv: radius by signed weights": (Conv2d, "absolute", lambda rule: lambda op, r: op.forward(r), [CONV, RELU], LINF),
+    "conv: radius by signed weights": (
+        Conv2d,
+        "absolute",
+        lambda rule: lambda op, r: op.forward(r),
+        [CONV, RELU],
+        LINF,
+    ),
     "conv: no bias in backward": (Conv2d, "constant", wrap(no_constant), [CONV, RELU], LINF),
-    "conv: kernel flipped in backward": (Conv2d, "transpose", transposed_without_dilation, [CONV, RELU], LINF),
+    "conv: kernel flipped in backward": (Conv2d, "transpose", kernel_flipped, [CONV, RELU], LINF),
     "scale: radius not scaled": (Scale, "absolute", lambda rule: lambda op, r: r, [KINDS["constants"], RELU], LINF),
     "scale: shift missing in backward": (Scale, "constant", wrap(no_constant), [KINDS["constants"], RELU], LINF),
-    "scale: slope missing in backward": (Scale, "transpose", lambda rule: lambda op, A: A, [KINDS["constants"], RELU], LINF),
-    "batch norm: mean forgotten": (BatchNorm, "factors", wrap(lambda out, *_: (out[0], out[1] + 1)), [KINDS["batch_norm_2d"], RELU], LINF),
-    "batch norm: fold forgets the shift": (BatchNorm, "fold_into", wrap(lambda out, op, conv, *_: Conv2d(out.weight, conv.bias, *list(vars(out).values())[2:])), [VARIANTS["conv_batch_norm"], RELU], LINF),
-    "pad: wrong side in backward": (Pad, "transpose", wrap(lambda out, *_: out.roll(1, -1)), [RELU, KINDS["zero_pad"], RELU], LINF),
+    "scale: slope missing in backward": (
+        Scale,
+        "transpose",
+        lambda rule: lambda op, A: A,
+        [KINDS["constants"], RELU],
+        LINF,
+    ),
+    "batch norm: mean forgotten": (
+        BatchNorm,
+        "factors",
+        wrap(lambda out, *_: (out[0], out[1] + 1)),
+        [KINDS["batch_norm_2d"], RELU],
+        LINF,
+    ),
+    "batch norm: fold forgets the shift": (
+        BatchNorm,
+        "fold_into",
+        wrap(lambda out, op, conv, *_: replace(out, bias=conv.bias)),
+        [VARIANTS["conv_batch_norm"], RELU],
+        LINF,
+    ),
+    "pad: wrong side in backward": (
+        Pad,
+        "transpose",
+        wrap(lambda out, *_: out.roll(1, -1)),
+        [RELU, KINDS["zero_pad"], RELU],
+        LINF,
+    ),
     "average: radius halved": (Average, "absolute", times(0.5), [RELU, KINDS["avg_pool"], RELU], LINF),
     "average: transpose doubled": (Average, "transpose", times(2), [RELU, KINDS["avg_pool"], RELU], LINF),
-    "reshape: order in backward": (Reshape, "transpose", wrap(lambda out, *_: out.flip(-1)), [RELU, KINDS["linear"], RELU], LINF),
-    "permute: not undone": (Permute, "transpose", wrap(lambda out, *_: out.transpose(-1, -2)), [RELU, KINDS["permute"], RELU], LINF),
+    "reshape: order in backward": (
+        Reshape,
+        "transpose",
+        wrap(lambda out, *_: out.flip(-1)),
+        [RELU, KINDS["linear"], RELU],
+        LINF,
+    ),
+    "permute: not undone": (
+        Permute,
+        "transpose",
+        wrap(lambda out, *_: out.transpose(-1, -2)),
+        [RELU, KINDS["permute"], RELU],
+        LINF,
+    ),
     "sum: left branch lost": (Add, "backward", backward_drops(0), [RELU, KINDS["skip"], RELU], LINF),
     "sum: right branch lost": (Add, "backward", backward_drops(1), [RELU, KINDS["skip"], RELU], LINF),
     "difference: branches exchanged": (Add, "backward", sources_reversed, [RELU, KINDS["difference"], RELU], LINF),
@@ -203,20 +253,44 @@ BUGS: dict[str, tuple[Any, str, Callable[[Any], Any], list[Any], Ball]] = {
     "leaky relu: chord too flat": (ReLU, "lines", lines(flat_chord), [KINDS["leaky_relu"], CONV, RELU], LINF),
     "sigmoid: lines exchanged": (SShaped, "lines", lines(lines_swapped), [KINDS["sigmoid"]], LINF),
     "tanh: lines exchanged": (SShaped, "lines", lines(lines_swapped), [KINDS["tanh"]], LINF),
-    "sigmoid: upper line without intercept": (SShaped, "lines", lines(upper_lines_without_intercept), [KINDS["sigmoid"]], LINF),
-    "tanh: tangent beyond its limit": (SShaped, "_tangent_limit", tangents_past_the_limit, [CONV, CONV, KINDS["tanh"]], LinfBall(0.5)),
+    "sigmoid: upper line without intercept": (
+        SShaped,
+        "lines",
+        lines(upper_lines_without_intercept),
+        [KINDS["sigmoid"]],
+        LINF,
+    ),
+    "tanh: tangent beyond its limit": (
+        SShaped,
+        "_tangent_limit",
+        tangents_past_the_limit,
+        [CONV, CONV, KINDS["tanh"]],
+        LinfBall(0.5),
+    ),
     "sigmoid: interval of the upper half": (Activation, "interval", interval_of_upper_end, [KINDS["sigmoid"]], LINF),
-    "max pool: interval stops at the centre": (MaxPool2d, "interval", upper_interval_of_lower_pool, [RELU, KINDS["max_pool"]], LINF),
+    "max pool: interval stops at the centre": (
+        MaxPool2d,
+        "interval",
+        upper_interval_of_lower_pool,
+        [RELU, KINDS["max_pool"]],
+        LINF,
+    ),
     "max pool: dominated everywhere": (MaxPool2d, "_upper", always_dominated, [KINDS["max_pool"]], LINF),
     "max pool: constant from the lower bounds": (MaxPool2d, "_upper", low_ceiling, [KINDS["max_pool"]], LINF),
     "max pool: place outside its window": (MaxPool2d, "_pool", another_winner, [KINDS["max_pool"]], LINF),
-    "affine: backward without the constant": (AffineOp, "backward", wrap(lambda out, *_: (out[0], out[1] * 0)), [CONV, RELU], LINF),
+    "affine: backward without the constant": (
+        AffineOp,
+        "backward",
+        wrap(lambda out, *_: (out[0], out[1] * 0)),
+        [CONV, RELU],
+        LINF,
+    ),
     "fork: only one reader counts": (crown_module, "backward", last_source_only, [RELU, KINDS["skip"], RELU], LINF),
     "region: minimum at the centre": (Region, "minimum", minimum_at_center, [RELU], LINF),
     "l2 region: radius too small": (Region, "minimum", without_dual_norm, [CONV], L2Ball(0.5)),
     "l1 region: radius too small": (Region, "minimum", without_dual_norm, [CONV], L1Ball(2.0)),
     "l2 image: radius too small": (BallImage, "meet", meeting_too_narrow, [RELU], L2Ball(0.5)),
-}  # fmt: skip
+}
 """Place of the rule, its name, what becomes of it, blocks of a network that uses it, and a ball."""
 
 

@@ -19,7 +19,13 @@ SHAPE = (1, 4, 4)
 PIXELS = 16
 CLASSES = 3
 WIDTH = 1e-3
-METHODS = ("ibp", "crown_ibp", "crown", "alpha_crown:iterations=3", "cascade:alpha_iterations=2,long_attack=(margin_pgd:steps=10)")
+METHODS = (
+    "ibp",
+    "crown_ibp",
+    "crown",
+    "alpha_crown:iterations=3",
+    "cascade:alpha_iterations=2,long_attack=(margin_pgd:steps=10)",
+)
 BALL = LinfBall(0.1)
 
 
@@ -67,7 +73,7 @@ def survives(seed: int) -> bool:
         (verdict,) = VERIFIERS.parse(method)(model, x, y, BALL)
         assert verdict.status != "certified", f"seed {seed}: {method} certifies a network with a counterexample"
     with torch.no_grad():
-        many = BALL.sample(x.expand(2000, *SHAPE).contiguous(), torch.Generator().manual_seed(seed))
+        many = BALL.sample(x.expand(2000, *SHAPE).contiguous(), torch.Generator().manual_seed(seed + 10_000))
         missed = bool((model(many).argmax(1) == 0).all())
         missed &= int(model(MarginPGD(steps=20)(model, x, y, BALL)).argmax()) == 0
         model.lift.weight.zero_()
@@ -77,9 +83,9 @@ def survives(seed: int) -> bool:
 
 def test_nobody_certifies_a_network_with_a_hidden_counterexample() -> None:
     missed = [survives(seed) for seed in range(50)]
-    assert sum(missed) >= 35, "the counterexamples are not hidden: attacks find them"
+    assert sum(missed) >= 48, "the counterexamples are not hidden: attacks find them"
 
 
 @pytest.mark.slow
 def test_nobody_certifies_any_of_many_networks_with_a_hidden_counterexample() -> None:
-    assert sum(survives(seed) for seed in range(50, 250)) >= 140
+    assert sum(survives(seed) for seed in range(50, 250)) >= 190

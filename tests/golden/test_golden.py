@@ -133,7 +133,9 @@ def _agree(ours: Box, reference: Box, method: str) -> None:
     assert equal.double().mean() >= (1.0 if method == "IBP" else 0.98)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "resnet2b"] + [pytest.param("resnet2b", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if n != "resnet2b"] + [pytest.param("resnet2b", marks=pytest.mark.slow)]
+)
 def test_cascade_verdicts_never_contradict_the_stored_ones(name: str) -> None:
     found, _ = golden(name)
     verdicts = Cascade(alpha_iterations=0)(found.model, found.x, found.y, LinfBall(found.eps))
