@@ -40,6 +40,7 @@ def check(model: nn.Module, x: Tensor, ball: Ball, points: int = 10_000, methods
         clouds.append(torch.cat([cloud, attacked(model, *alone, cloud)]))
     with torch.no_grad():
         values = [node_values(snapshot, cloud) for cloud in clouds]
+        logits = [model(cloud) for cloud in clouds]
         region = Region.around(x, ball)
         boxes = {"intervals": interval_walk(snapshot, region.interval())[1]}
         boxes["crown boxes"] = intermediate_boxes(snapshot, region)
@@ -48,7 +49,7 @@ def check(model: nn.Module, x: Tensor, ball: Ball, points: int = 10_000, methods
     for method, options in methods.items():
         bounds = bound(snapshot, x, ball, method=method, **options)
         for i, value in enumerate(values):
-            _inside(method, bounds.lb[i].detach(), bounds.ub[i].detach(), model_logits(model, clouds[i]))
+            _inside(method, bounds.lb[i].detach(), bounds.ub[i].detach(), logits[i])
             _inside(f"{method} (captured)", bounds.lb[i].detach(), bounds.ub[i].detach(), value[-1])
 
 
@@ -101,11 +102,6 @@ def _rows(A: Tensor, v: Tensor) -> Tensor:
 def of_example(ball: Ball, i: int) -> Ball:
     """The ball of one example, with a plain number as radius."""
     return replace(ball, eps=float(ball.eps[i])) if isinstance(ball.eps, Tensor) else ball
-
-
-def model_logits(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(x)
 
 
 def node_values(snapshot: Snapshot, x: Tensor) -> list[Tensor]:

@@ -313,5 +313,5 @@ def test_the_soundness_check_finds_a_planted_bug(bug: str, monkeypatch: pytest.M
 
 
 def test_the_soundness_check_passes_on_the_same_networks_without_bugs() -> None:
-    for bug in list(BUGS)[::4]:
+    for bug in list(BUGS)[::9]:
         seen(bug)
