@@ -73,7 +73,9 @@ class Registry:
         """Class registered under `name`; UnknownName lists the known names and the nearest one."""
         self._load()
         if name not in self._entries:
-            raise UnknownName(f"no {self.kind} named {name!r}{_nearest(name, self._entries)}; known: {', '.join(self.names())}")
+            raise UnknownName(
+                f"no {self.kind} named {name!r}{_nearest(name, self._entries)}; known: {', '.join(self.names())}"
+            )
         return self._entries[name]
 
     def name_of(self, method: object) -> str:
@@ -98,7 +100,8 @@ class Registry:
                 raise UnknownName(f"{self.kind} {name!r}: expected field=value, got {item!r}")
             if key not in fields:
                 raise UnknownName(
-                    f"{self.kind} {name!r} has no field {key!r}{_nearest(key, fields)}; fields: {', '.join(fields) or 'none'}"
+                    f"{self.kind} {name!r} has no field {key!r}{_nearest(key, fields)}; "
+                    f"fields: {', '.join(fields) or 'none'}"
                 )
             if key in values:
                 raise UnknownName(f"{self.kind} {name!r}: field {key!r} is given twice")

@@ -1,7 +1,8 @@
 """What an op is: its forward, interval and backward (CROWN) rules, and the tables that map a model's layers to ops.
 
 Shape letters of this package: B examples, R rows (linear functions being bounded), K logits.
-`A` is `[R, B, *shape]`, the coefficients of a linear lower bound with respect to a node's value; its constant is `[R, B]`.
+`A` is `[R, B, *shape]`, the coefficients of a linear lower bound with respect to a node's value; its
+constant is `[R, B]`.
 Only lower bounds are propagated: an upper bound of a row is minus the lower bound of the negated row.
 """
 
@@ -26,8 +27,14 @@ class Box(NamedTuple):
     ub: Tensor
 
 
+AnyBox = Box | Interval
+"""Elementwise bounds in either form; both have `lb` and `ub`."""
+
+
 class Lines(NamedTuple):
-    """Two linear functions that enclose an activation on a box; slopes and intercepts `[B, *shape]` or `[R, B, *shape]`.
+    """Two linear functions that enclose an activation on a box.
+
+    Slopes and intercepts are `[B, *shape]` or `[R, B, *shape]`.
 
     An intercept that is zero everywhere may be None.
     """
@@ -52,7 +59,7 @@ class Op:
         raise NotImplementedError
 
     def backward(
-        self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None
+        self, A: Tensor, boxes: Sequence[AnyBox | None], alpha: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
         """Rows `A . op(v)` bounded below by `sum_i A_i . v_i + constant` for all v in the boxes.
 
@@ -68,7 +75,7 @@ class Op:
 
 
 class AffineOp(Op):
-    """An affine map of one input: subclasses give `forward`, `absolute` (|W| r), `transpose` (A W) and `constant` (A b)."""
+    """An affine map of one input: `forward`, `absolute` (|W| r), `transpose` (A W) and `constant` (A b)."""
 
     is_linear = True
 
@@ -89,7 +96,7 @@ class AffineOp(Op):
         return Interval(self.forward(box.center), self.absolute(box.radius))
 
     def backward(
-        self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None
+        self, A: Tensor, boxes: Sequence[AnyBox | None], alpha: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
         return [self.transpose(A)], self.constant(A)
 
@@ -100,15 +107,15 @@ class Activation(Op):
     free: ClassVar[int] = 0
     """Free parameters per neuron that alpha-CROWN may choose, each in [0, 1]."""
 
-    def lines(self, box: Box, alpha: Tensor | None = None) -> Lines:
+    def lines(self, box: AnyBox, alpha: Tensor | None = None) -> Lines:
         """Enclosing lines on the box; `alpha` `[free, ...]` picks among the sound ones."""
         raise NotImplementedError
 
-    def default_alpha(self, box: Box) -> Tensor:
+    def default_alpha(self, box: AnyBox) -> Tensor:
         """The choice that `lines` makes without `alpha`, `[free, B, *shape]`."""
         raise NotImplementedError
 
-    def loose(self, box: Box) -> Tensor:
+    def loose(self, box: AnyBox) -> Tensor:
         """Neurons whose relaxation is not exact, so that tighter bounds would help; bool `[B, *shape]`."""
         return box.ub > box.lb
 
@@ -117,7 +124,7 @@ class Activation(Op):
         return Interval.from_box(self.forward(box.lb), self.forward(box.ub))
 
     def backward(
-        self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None
+        self, A: Tensor, boxes: Sequence[AnyBox | None], alpha: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
         box = boxes[0]
         assert box is not None
@@ -144,7 +151,7 @@ class Traced:
 
 @dataclass(frozen=True)
 class Call:
-    """A functional call as a rule sees it: constants are the live values, tensors that depend on the input are `Traced`."""
+    """A call as a rule sees it: constants are the live values, tensors that depend on the input are `Traced`."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -173,7 +180,7 @@ class Rules:
         self._loaded = False
 
     def module(self, *types: type | str) -> Callable[[ModuleRule], ModuleRule]:
-        """Decorator for a function `(layer, call) -> Op`; a type may be named by its dotted path to avoid importing it."""
+        """Decorator for a function `(layer, call) -> Op`; a type may be named by its dotted path, without import."""
 
         def add(build: ModuleRule) -> ModuleRule:
             for kind in types:
@@ -197,7 +204,7 @@ class Rules:
         self._load()
         for kind in type(module).__mro__:
             if _dotted(kind) in self._modules:
-                return self._modules[_dotted(kind)] if type(module).forward is kind.forward else None
+                return self._modules[_dotted(kind)] if getattr(kind, "forward", None) is type(module).forward else None
         return None
 
     def for_function(self, target: Any) -> FunctionRule | None:

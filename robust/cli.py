@@ -125,14 +125,18 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norm", help="linf, l2 or l1 (default: the checkpoint's)")
     parser.add_argument("--model", help="architecture of a plain state dict, loaded weights-only")
     parser.add_argument("--limit", type=int, help="only the first N images")
-    parser.add_argument("--batch-size", type=int, default=100, help="images decided and written together (default: 100)")
+    parser.add_argument(
+        "--batch-size", type=int, default=100, help="images decided and written together (default: 100)"
+    )
     parser.add_argument("--out", type=Path, help="folder of the report (default: beside the checkpoint)")
     parser.add_argument("--no-curve", action="store_true", help="leave out certified accuracy over growing radii")
     _add_machine(parser)
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ..."
+    )
     parser.add_argument("--root", type=Path, help="folder of the data sets (default: $ROBUST_DATA, else ./data)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -248,7 +252,11 @@ def _methods(options: argparse.Namespace) -> None:
                 print(textwrap.fill(f"{name}  {first}", 110, initial_indent="  ", subsequent_indent="      "))
                 fields = [_field_text(registry, entry, field) for field in dataclasses.fields(entry) if field.init]
                 if fields:
-                    print(textwrap.fill("fields: " + ", ".join(fields), 110, initial_indent="      ", subsequent_indent="        "))
+                    print(
+                        textwrap.fill(
+                            "fields: " + ", ".join(fields), 110, initial_indent="      ", subsequent_indent="        "
+                        )
+                    )
 
 
 def _field_text(registry: Registry, entry: Any, field: Any) -> str:
@@ -308,5 +316,3 @@ def _field_words(settings: type) -> dict[str, str]:
             assert isinstance(following.value, ast.Constant)
             words[field.target.id] = " ".join(str(following.value.value).split())
     return words
-
-

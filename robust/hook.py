@@ -30,7 +30,7 @@ class Moment:
 
 
 class Active:
-    """A hook at work in one run; its state is saved with the run, so that a killed run continues with the same result."""
+    """A hook at work in one run; its state is saved with the run, so that a killed run goes on with the same result."""
 
     def after_step(self, moment: Moment) -> None:
         """Called behind every optimiser step."""

@@ -213,7 +213,8 @@ class _Run:
             if not math.isfinite(value):
                 raise TrainingError(
                     f"step {self.progress.step}: {name} is {value}. Try a lower learning rate, a longer radius ramp "
-                    f"(eps_schedule), gradient clipping (clip_norm) or init='ibp'; the last state is in {self.out / STATE}"
+                    f"(eps_schedule), gradient clipping (clip_norm) or init='ibp'; "
+                    f"the last state is in {self.out / STATE}"
                 )
 
     def _close_epoch(self, epoch: int, seconds: float) -> dict[str, Any]:

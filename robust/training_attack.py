@@ -20,8 +20,11 @@ BatchNormStatistics = Literal["batch", "running"]
 SABR_PGD = PGD(steps=8, step_size=0.5, decay=0.1, decay_at=(0.5, 0.8, 0.9), unit="box", keep="best", mode="keep")
 """SABR's search (Mueller et al. 2023): 8 steps of half the box's half-width, decaying; the point of largest loss."""
 
+EXPRESSIVE_PGD = PGD(steps=8, step_size=0.25, unit="box", keep="best", mode="keep")
+"""The expressive losses' search on CIFAR-10 at 2/255 (De Palma et al. 2024): 8 equal steps, point of largest loss."""
+
 SINGLE_STEP = PGD(steps=1, step_size=10.0, unit="box", keep="last", mode="keep")
-"""The expressive losses' search (De Palma et al. 2024): one step from a random start that ends in a corner."""
+"""Their search in the other settings: one step from a random start that ends in a corner."""
 
 
 def adversarial(views: Views, attack: Attack, factor: float = 1.0, statistics: BatchNormStatistics = "batch") -> Tensor:

@@ -85,18 +85,15 @@ class Views:
     @cached_property
     def running(self) -> Snapshot:
         """The network as in evaluation, with running statistics, without gradients to the parameters."""
+        if self.graph.has_batch_norm:
+            # The clean pass moves the running statistics: what is asked for first must not decide which ones these are.
+            _ = self._clean_pass
         return self.graph.snapshot().without_gradient()
 
     @cached_property
     def box(self) -> Interval:
         """The box around the ball, cut by the pixel range."""
-        # Plain arithmetic: a training step needs no rounding to the safe side.
-        eps = self.ball.eps_of(self.x)
-        low, high = self.x - eps, self.x + eps
-        if self.ball.pixel_range is not None:
-            least, greatest = self.ball.pixel_range
-            low, high = low.clamp_(min=least), high.clamp_(max=greatest)
-        return Interval.from_box(low, high)
+        return box_around(self.x, self.ball.eps_of(self.x), self.ball.pixel_range)
 
     def margins(self, box: Interval, snapshot: Snapshot | None = None) -> Tensor:
         """Interval lower bounds of the margins z_y - z_k over an input box, `[B, K]`, 0 in column y.
@@ -117,6 +114,23 @@ class Views:
         if self.note_boxes:
             self.bounded.append(Bounded(snapshot, box, boxes))
         return out, boxes
+
+
+def box_around(x: Tensor, eps: Tensor, pixel_range: tuple[float, float] | None) -> Interval:
+    """Points within `eps` of x in every pixel, cut by the pixel range.
+
+    Plain arithmetic: a training step needs no rounding to the safe side. The radius is no difference of the box's ends,
+    so that it stays accurate where eps is near the resolution of x.
+
+    Args:
+        x: images in the pixel range, `[B, *shape]`.
+        eps: radius, broadcastable against x.
+    """
+    down = up = eps.expand_as(x)
+    if pixel_range is not None:
+        least, greatest = pixel_range
+        down, up = torch.minimum(down, x - least), torch.minimum(up, greatest - x)
+    return Interval(x + (up - down) / 2, (up + down) / 2)
 
 
 def split_last(snapshot: Snapshot) -> tuple[Snapshot, Linear]:

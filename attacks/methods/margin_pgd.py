@@ -93,9 +93,7 @@ class MarginPGD:
                 survivors.add(*self._run(model, task, region, ranked, torch.cat(starts)), rows)
             tried += width
 
-    def _run(
-        self, model: Model, task: Task, region: Region, targets: Tensor, start: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _run(self, model: Model, task: Task, region: Region, targets: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """Attack n examples on the targets [n, T] at once, start [T n, ...], and keep the best target of each."""
         count, width = targets.shape
         example = torch.arange(count, device=targets.device).repeat(width)

@@ -99,9 +99,7 @@ class PGD:
 
     def _plan(self) -> Ascent:
         step_size = 2.5 / max(self.steps, 1) if self.step_size is None else self.step_size
-        return Ascent(
-            self.steps, step_size, self.decay, self.decay_at, self.unit, self.keep, precision=self.precision
-        )
+        return Ascent(self.steps, step_size, self.decay, self.decay_at, self.unit, self.keep, precision=self.precision)
 
     def _prepare(self, model: Model, x: Tensor, y: Tensor, ball: Ball) -> tuple[Loss, Task, Tensor | None]:
         """Loss, examples, and which of them are wrong before any attack (None where that does not matter)."""

@@ -23,7 +23,7 @@ from certify.bounds.crown import (
     output_rows,
 )
 from certify.graph import Snapshot
-from certify.op import Activation, Box
+from certify.op import Activation, AnyBox, Box
 from certify.region import Region
 
 
@@ -145,7 +145,7 @@ def _tightened(
     return current, best
 
 
-def _hollow(box: Box) -> Box:
+def _hollow(box: AnyBox) -> Box:
     return Box(torch.full_like(box.lb, -torch.inf), torch.full_like(box.ub, torch.inf))
 
 

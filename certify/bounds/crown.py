@@ -14,7 +14,7 @@ from torch import Tensor
 
 from certify.graph import Snapshot
 from certify.interval import Interval
-from certify.op import Activation, Box, Op
+from certify.op import Activation, AnyBox, Box, Op
 from certify.ops import affine
 from certify.ops.affine import Pad, Scale
 from certify.ops.max_pool import MaxPool2d
@@ -25,7 +25,7 @@ from certify.region import Region
 ROW_BUDGET = 64 * 2**20
 """Numbers in the largest coefficient tensor of a backward pass; more rows than fit are done in chunks."""
 
-Boxes = dict[int, Box | Interval]
+Boxes = dict[int, AnyBox]
 """Bounds of nodes by place; at least of every node that a nonlinear op reads."""
 
 Alphas = Mapping[int, Tensor]
@@ -127,7 +127,7 @@ class Rows:
         found_lb, found_ub = lb.gather(1, index), ub.gather(1, index)
         below = torch.where(keep, torch.maximum(below, found_lb), found_lb)
         above = torch.where(keep, torch.minimum(above, found_ub), found_ub)
-        # Repetitions point at a neuron that another row writes, so they must write the same: route them to a spare column.
+        # Repetitions point at a neuron that another row writes: route them to a spare column.
         spare = lb.shape[1]
         target = torch.where(keep, index, spare)
         lb = torch.cat([lb, lb[:, :1]], 1).scatter(1, target, below)[:, :spare]
@@ -161,7 +161,7 @@ def intermediate_boxes(snapshot: Snapshot, region: Region) -> Boxes:
     return boxes
 
 
-def loose_mask(snapshot: Snapshot, place: int, box: Box) -> Tensor:
+def loose_mask(snapshot: Snapshot, place: int, box: AnyBox) -> Tensor:
     """Neurons of a node whose tighter bounds would help some op that reads it."""
     mask = torch.zeros_like(box.lb, dtype=torch.bool)
     for node in snapshot.nodes:

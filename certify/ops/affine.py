@@ -231,7 +231,7 @@ def conv2d(
         if any(t % 2 for t in total):
             raise ValueError("padding='same' with an even kernel pads unevenly; use an explicit nn.ZeroPad2d")
         padding = (total[0] // 2, total[1] // 2)
-    return Conv2d(weight, bias, pair(stride), pair(padding), spread, groups, in_shape)  # type: ignore[arg-type]
+    return Conv2d(weight, bias, pair(stride), pair(padding), spread, groups, in_shape)
 
 
 @RULES.module(nn.Conv2d)

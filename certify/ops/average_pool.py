@@ -15,7 +15,7 @@ from certify.op import RULES, AffineOp, Call, Op
 
 @dataclass(frozen=True)
 class Average(AffineOp):
-    """A linear map with non-negative weights given as a function; its transpose comes from automatic differentiation."""
+    """A linear map with non-negative weights, given as a function; its transpose comes from autograd."""
 
     function: Callable[[Tensor], Tensor]
     in_shape: tuple[int, ...]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certify.interval import Interval
-from certify.op import RULES, Box, Call, Op
+from certify.op import RULES, AnyBox, Call, Op
 from certify.ops.affine import pair
 
 
@@ -33,14 +33,14 @@ class MaxPool2d(Op):
         (box,) = inputs
         return Interval.from_box(self.forward(box.lb), self.forward(box.ub))
 
-    def loose(self, box: Box) -> Tensor:
+    def loose(self, box: AnyBox) -> Tensor:
         """Inputs whose tighter bounds could help: all that are not points; bool `[B, C, H, W]`."""
         return box.ub > box.lb
 
     def backward(
-        self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None
+        self, A: Tensor, boxes: Sequence[AnyBox | None], alpha: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
-        """Lower line: the input with the greatest lower bound. Upper: that input where it dominates, else a constant."""
+        """Lower line: the input of greatest lower bound. Upper: that input where it dominates, else a constant."""
         box = boxes[0]
         assert box is not None
         rows, batch, channels = A.shape[:3]
@@ -59,7 +59,7 @@ class MaxPool2d(Op):
             x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, return_indices=True
         )
 
-    def _upper(self, box: Box, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def _upper(self, box: AnyBox, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """(greatest upper bound of each window, whether its chosen input is at least all others on the whole box)."""
         ceiling, _ = self._pool(box.ub)
         floor = self._pool(box.lb)[0].flatten(2)

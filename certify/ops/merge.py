@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from certify.interval import Interval
-from certify.op import RULES, Box, Call, Op, Traced
+from certify.op import RULES, AnyBox, Call, Op, Traced
 from certify.ops.affine import add_constant, subtract_constant
 
 
@@ -30,7 +30,7 @@ class Add(Op):
         return Interval(self.forward(left.center, right.center), left.radius + right.radius)
 
     def backward(
-        self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None
+        self, A: Tensor, boxes: Sequence[AnyBox | None], alpha: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
         return [A, A if self.sign == 1 else -A], A.new_zeros(A.shape[:2])
 
@@ -51,7 +51,7 @@ class Concat(Op):
         return Interval(self.forward(*(i.center for i in inputs)), self.forward(*(i.radius for i in inputs)))
 
     def backward(
-        self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None
+        self, A: Tensor, boxes: Sequence[AnyBox | None], alpha: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
         return list(A.split(self.sizes, self.dim + 1)), A.new_zeros(A.shape[:2])
 

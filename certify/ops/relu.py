@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from certify.blocks import blocks
 from certify.interval import Interval
-from certify.op import RULES, Activation, Box, Call, Lines, Op
+from certify.op import RULES, Activation, AnyBox, Call, Lines, Op
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class ReLU(Activation):
             return Interval(*_ReLUInterval.apply(box.center, box.radius))
         return super().interval(box)
 
-    def loose(self, box: Box) -> Tensor:
+    def loose(self, box: AnyBox) -> Tensor:
         return (box.lb < 0) & (box.ub > 0)
 
-    def default_alpha(self, box: Box) -> Tensor:
+    def default_alpha(self, box: AnyBox) -> Tensor:
         """Zhang et al. 2018's adaptive choice: the lower line that leaves the smaller area, slope 1 where u > -l."""
         return (box.ub > -box.lb).to(box.lb.dtype).unsqueeze(0)
 
-    def lines(self, box: Box, alpha: Tensor | None = None) -> Lines:
+    def lines(self, box: AnyBox, alpha: Tensor | None = None) -> Lines:
         lb, ub = box.lb, box.ub
         a = self.negative_slope
         unstable = self.loose(box)
@@ -58,7 +58,7 @@ class ReLU(Activation):
         return Lines(torch.where(unstable, chosen, stable), None, upper, intercept)
 
     def backward(
-        self, A: Tensor, boxes: Sequence[Box | None], alpha: Tensor | None = None
+        self, A: Tensor, boxes: Sequence[AnyBox | None], alpha: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
         box = boxes[0]
         assert box is not None

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from certify.op import RULES, Activation, Box, Call, Lines, Op
+from certify.op import RULES, Activation, AnyBox, Call, Lines, Op
 
 BISECTIONS = 40
 
@@ -34,14 +34,14 @@ class SShaped(Activation):
         value = self.forward(x)
         return value * (1 - value) if self.name == "sigmoid" else 1 - value * value
 
-    def default_alpha(self, box: Box) -> Tensor:
+    def default_alpha(self, box: AnyBox) -> Tensor:
         return torch.stack([self._default(box.lb, box.ub), self._default(-box.ub, -box.lb)])
 
     def _default(self, lb: Tensor, ub: Tensor) -> Tensor:
         # In the middle of the box where the function is convex on it; touching the end point where it is not.
         return torch.where(ub <= 0, 0.5, 1.0).to(lb.dtype)
 
-    def lines(self, box: Box, alpha: Tensor | None = None) -> Lines:
+    def lines(self, box: AnyBox, alpha: Tensor | None = None) -> Lines:
         free = self.default_alpha(box) if alpha is None else alpha
         slope, intercept = self._lower(box.lb, box.ub, free[0])
         mirrored_slope, mirrored_intercept = self._lower(-box.ub, -box.lb, free[1])
@@ -49,7 +49,7 @@ class SShaped(Activation):
         return Lines(slope, intercept, mirrored_slope, twice_middle - mirrored_intercept)
 
     def _lower(self, lb: Tensor, ub: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """(slope, intercept) of a line below the function on [lb, ub]; `position` in [0, 1] places the tangent point."""
+        """(slope, intercept) of a line below the function on [lb, ub]; `position` in [0, 1] places its tangent."""
         width = ub - lb
         thin = width < 1e-4
         at_lb, at_ub = self.forward(lb), self.forward(ub)
@@ -67,7 +67,7 @@ class SShaped(Activation):
         return slope, intercept - 4 * unit * (1 + (slope * torch.maximum(lb.abs(), ub.abs())).abs())
 
     def _tangent_limit(self, lb: Tensor, ub: Tensor) -> Tensor:
-        """Greatest point d <= 0, d <= ub, at which the tangent is still below s(ub); at most lb if there is none in the box.
+        """Greatest d <= min(0, ub) whose tangent is still below s(ub); at most lb if there is none in the box.
 
         Found by bisection that keeps the sound end: tangents at smaller points have smaller slopes and stay below.
         """

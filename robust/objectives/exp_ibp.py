@@ -9,7 +9,7 @@ from torch import Tensor
 from attacks.attack import ATTACKS, Attack
 from attacks.registry import method_field
 from robust.objective import OBJECTIVES, certified_cross_entropy, cross_entropy, mixed
-from robust.training_attack import SABR_PGD, BatchNormStatistics, adversarial
+from robust.training_attack import EXPRESSIVE_PGD, BatchNormStatistics, adversarial
 from robust.views import Views
 
 SMALLEST_LOSS = 1e-12
@@ -30,7 +30,7 @@ class ExpIBP:
     """
 
     ibp_weight: float = 0.5
-    attack: Attack = method_field(ATTACKS, SABR_PGD)
+    attack: Attack = method_field(ATTACKS, EXPRESSIVE_PGD)
     attack_factor: float = 1.0
     robust_weight: float = 1.0
     statistics: BatchNormStatistics = "batch"

@@ -9,7 +9,7 @@ from torch import Tensor
 from attacks.attack import ATTACKS, Attack
 from attacks.registry import method_field
 from robust.objective import OBJECTIVES, certified_cross_entropy, cross_entropy, mixed
-from robust.training_attack import SABR_PGD, BatchNormStatistics, adversarial
+from robust.training_attack import EXPRESSIVE_PGD, BatchNormStatistics, adversarial
 from robust.views import Views
 
 
@@ -27,7 +27,7 @@ class MTLIBP:
     """
 
     ibp_weight: float = 0.5
-    attack: Attack = method_field(ATTACKS, SABR_PGD)
+    attack: Attack = method_field(ATTACKS, EXPRESSIVE_PGD)
     attack_factor: float = 1.0
     robust_weight: float = 1.0
     statistics: BatchNormStatistics = "batch"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attacks.noise import uniform
 from certify.graph import Snapshot
 from certify.interval import Interval
 from certify.ops.relu import ReLU
@@ -37,8 +38,7 @@ class LatentAttack:
         best, best_value = None, None
         for _ in range(self.restarts):
             size = (len(y), classes - 1, *lb.shape[2:])
-            noise = torch.rand(size, generator=generator, device=lb.device, dtype=lb.dtype)
-            points = torch.addcmul(lb, noise, ub - lb)
+            points = torch.addcmul(lb, uniform(size, lb, generator), ub - lb)
             for length in (*self.lengths(), None):
                 value, gradient = _margins_and_gradient(classifier, points, spec, gradient=length is not None)
                 if best is None or best_value is None:

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from certify.op import Box
+from certify.bounds.interval import interval_walk
+from certify.op import AnyBox
 from certify.ops.affine import Conv2d, Linear
 from certify.ops.relu import ReLU
 from robust.regularizer import REGULARIZERS
 from robust.relu_shrinkage import ShrunkReLU
-from robust.views import Bounded, Views
+from robust.views import Bounded, Views, box_around
 
 TOLERANCE = 0.5
 SMALLEST_EPS = 1e-6
-"""Radius of the box that is regularised while the schedule is still at 0."""
+"""Least radius of a box that is regularised: schedules start at 0, and at radii that float32 hardly tells from it."""
 
 
 @REGULARIZERS.register("shi")
 @dataclass(frozen=True)
 class Shi:
-    """weight * (1 - eps/eps_final) * (tightness + ReLU balance), until the radius ramp ends (Shi et al. 2021, eq. 8-10).
+    """weight * (1 - eps/eps_final) * (tightness + ReLU balance) until the radius ramp ends (Shi et al. 2021, eq. 8-10).
 
-    The boxes are those of the objective's own interval propagation (SABR's small box for SABR).
+    The boxes are those of the objective's own interval propagation (SABR's small box for SABR); below a radius of 1e-6,
+    and for an objective that propagates none, they take a propagation of their own over the ball's box.
 
     Args:
         weight: lambda_0; 0.5 on MNIST and CIFAR-10, 0.2 on TinyImageNet and ImageNet64.
@@ -38,10 +40,7 @@ class Shi:
     def __call__(self, views: Views) -> dict[str, Tensor]:
         if views.ramp >= 1:
             return {}
-        if not views.bounded:
-            tiny = replace(views.box, radius=torch.full_like(views.x, SMALLEST_EPS), center=views.x)
-            views.walk(views.snapshot, tiny)
-        bounded = views.bounded[0]
+        bounded = _regularized(views)
         boxes = _relu_boxes(bounded)
         share = self.weight * (1 - views.eps_fraction)
         return {
@@ -50,13 +49,13 @@ class Shi:
         }
 
 
-def tightness(boxes: list[Box], first_radius: Tensor) -> Tensor:
+def tightness(boxes: list[AnyBox], first_radius: Tensor) -> Tensor:
     """Mean over layers of max(0, tol - r_0 / r_l) / tol, r the mean radius of a layer's pre-activations."""
     radii = torch.stack([((box.ub - box.lb) / 2).mean() for box in boxes])
     return ((TOLERANCE - first_radius / radii.clamp(min=1e-12)).clamp(min=0) / TOLERANCE).mean()
 
 
-def relu_balance(boxes: list[Box]) -> Tensor:
+def relu_balance(boxes: list[AnyBox]) -> Tensor:
     """Mean over layers of how unevenly active and inactive neurons share the centres' mean and variance.
 
     A layer without active or without inactive neurons counts 0.
@@ -64,7 +63,7 @@ def relu_balance(boxes: list[Box]) -> Tensor:
     return torch.stack([_balance(box) for box in boxes]).mean()
 
 
-def _balance(box: Box) -> Tensor:
+def _balance(box: AnyBox) -> Tensor:
     center = (box.lb + box.ub) / 2
     active, inactive = (box.lb > 0).to(center.dtype), (box.ub < 0).to(center.dtype)
     spread = (center - center.mean()).square()
@@ -81,7 +80,17 @@ def _balance(box: Box) -> Tensor:
     return total
 
 
-def _relu_boxes(bounded: Bounded) -> list[Box]:
+def _regularized(views: Views) -> Bounded:
+    """The propagation that is regularised: the objective's first, or one of its own."""
+    eps = views.ball.eps
+    is_point = float(eps.max() if isinstance(eps, Tensor) else eps) < SMALLEST_EPS
+    if views.bounded and not is_point:
+        return views.bounded[0]
+    box = box_around(views.x, views.x.new_full((), SMALLEST_EPS), views.ball.pixel_range) if is_point else views.box
+    return Bounded(views.snapshot, box, interval_walk(views.snapshot, box)[1])
+
+
+def _relu_boxes(bounded: Bounded) -> list[AnyBox]:
     nodes = bounded.snapshot.nodes
     places = [node.inputs[0] for node in nodes if isinstance(node.op, ReLU | ShrunkReLU)]
     return [bounded.boxes[place] for place in places]

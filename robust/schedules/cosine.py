@@ -11,7 +11,10 @@ from robust.schedule import SCHEDULES
 @SCHEDULES.register("cosine")
 @dataclass(frozen=True)
 class Cosine:
-    """Linear from 0 to 1 over the first `warmup` epochs, then half a cosine down to `final` (Loshchilov & Hutter 2017)."""
+    """Linear from 0 to 1 over the first `warmup` epochs, then half a cosine down to `final`.
+
+    Source: Loshchilov & Hutter 2017.
+    """
 
     warmup: float = 0.0
     final: float = 0.0

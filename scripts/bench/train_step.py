@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attacks.threat import LinfBall
 from certify.graph import Graph, capture
 from robust.model import MODELS
 from robust.objective import OBJECTIVES

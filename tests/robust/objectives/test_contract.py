@@ -1,0 +1,169 @@
+"""What every registered objective promises."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from attacks.methods.pgd import PGD
+from robust.objective import OBJECTIVES
+from robust.training_attack import SABR_PGD, SINGLE_STEP
+from tests.robust.objectives import oracle
+
+EPS = 0.05
+STEPS = {"start": (0.0, 0.0), "ramp": (0.3, 0.6), "end": (1.0, 1.0)}
+"""(share of the radius, share of the ramp) of three moments of a run."""
+
+
+@pytest.fixture(params=OBJECTIVES.names())
+def name(request):
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "batch_norm"])
+def model(request):
+    return oracle.small_net(batch_norm=request.param, hidden=3)
+
+
+def at(model, x, y, moment, seed=0, eps=EPS):
+    fraction, ramp = STEPS[moment]
+    return oracle.views_of(model, x, y, fraction * eps, seed=seed, eps_fraction=fraction, ramp=ramp)
+
+
+@pytest.mark.parametrize("moment", STEPS)
+def test_terms_are_one_value_per_example_and_gradients_reach_every_parameter(name, model, moment):
+    x, y = oracle.images()
+    views = at(model, x, y, moment)
+    terms = OBJECTIVES[name]()(views)
+    assert terms and all(isinstance(key, str) and value.shape == (len(x),) for key, value in terms.items())
+    loss = oracle.loss_of(terms)
+    assert loss.isfinite() and loss > 0
+    loss.backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+        # A bias in front of a BatchNorm has no effect; every other parameter must move.
+        if "bias" not in key:
+            assert parameter.grad.any(), key
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-9, 1e-3])
+def test_single_precision_gradients_are_finite_at_tiny_radii(name, eps):
+    for batch_norm in (False, True):
+        model = oracle.small_net(batch_norm, hidden=3).float()
+        x, y = oracle.images()
+        views = oracle.views_of(model, x.float(), y, eps)
+        loss = oracle.loss_of(OBJECTIVES[name]()(views))
+        assert loss.isfinite()
+        assert all(g.isfinite().all() for g in oracle.gradients(loss, model))
+
+
+def test_text_and_value_convert_without_loss(name):
+    kind = OBJECTIVES[name]
+    changes = {}
+    for field in dataclasses.fields(kind):
+        value = getattr(kind(), field.name)
+        if field.name == "attack":
+            changes[field.name] = dataclasses.replace(SINGLE_STEP, step_size=2 / 255)
+        elif field.name == "statistics":
+            changes[field.name] = "running"
+        elif isinstance(value, bool):
+            changes[field.name] = not value
+        else:
+            changes[field.name] = value + 1 if isinstance(value, int) else value / 3 + 0.1
+    for objective in (kind(), kind(**changes)):
+        text = OBJECTIVES.spell(objective)
+        assert OBJECTIVES.parse(text) == objective
+        assert OBJECTIVES.spell(OBJECTIVES.parse(text)) == text
+    assert OBJECTIVES.spell(kind()) == name
+
+
+def test_the_same_generator_gives_the_same_terms(name, model):
+    x, y = oracle.images()
+    for moment in STEPS:
+        torch.manual_seed(1)
+        first = OBJECTIVES[name]()(at(copy.deepcopy(model), x, y, moment))
+        torch.manual_seed(2)
+        second = OBJECTIVES[name]()(at(copy.deepcopy(model), x, y, moment))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES.names() if "attack" in OBJECTIVES[n].__dataclass_fields__])
+def test_another_seed_of_the_generator_attacks_from_another_start(name, model):
+    x, y = oracle.images()
+    objective = OBJECTIVES[name](attack=PGD(steps=0, keep="last", mode="keep"))
+    first, second = (oracle.loss_of(objective(at(model, x, y, "end", seed=seed))) for seed in (0, 1))
+    assert first != second
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """An attack that writes down its points, or replays points without looking at the network."""
+
+    points: list
+    replay: bool
+    seed: int = 0
+
+    def __call__(self, model, x, y, ball, *, generator=None, index=None):
+        found = SABR_PGD(model, x, y, ball, generator=generator)
+        assert not found.requires_grad
+        if self.replay:
+            return self.points[0]
+        self.points.append(found)
+        return found
+
+
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES.names() if "attack" in OBJECTIVES[n].__dataclass_fields__])
+def test_attacks_leave_no_gradient_behind_and_their_points_count_as_constants(name, model):
+    x, y = oracle.images()
+    points: list = []
+    before = copy.deepcopy(model)
+    found = []
+    for replay in (False, True):
+        terms = OBJECTIVES[name](attack=Recorded(points, replay))(at(copy.deepcopy(before), x, y, "end"))
+        found.append(oracle.loss_of(terms))
+    assert torch.equal(*found)
+    current = copy.deepcopy(before)
+    views = at(current, x, y, "end")
+    objective = OBJECTIVES[name](attack=Recorded(points, True))
+    loss = oracle.loss_of(objective(views))
+    assert all(parameter.grad is None for parameter in current.parameters())
+    assert all(parameter.requires_grad for parameter in current.parameters())
+    live = copy.deepcopy(before)
+    searched = oracle.loss_of(OBJECTIVES[name]()(at(live, x, y, "end")))
+    assert all(parameter.grad is None for parameter in live.parameters())
+    if OBJECTIVES[name]().__dict__["attack"] == SABR_PGD:
+        oracle.assert_same_gradients(oracle.gradients(searched, live), oracle.gradients(loss, current))
+
+
+EXACT = {"natural", "pgd", "ibp", "shi_ibp", "crown_ibp", "sabr", "cc_ibp", "mtl_ibp"}
+"""At radius 0 these are the clean cross-entropy example by example; exp_ibp is it on the mean of the batch. TAPS and
+STAPS are a product of two losses once the ramp has ended, and the clean cross-entropy before."""
+
+
+def test_radius_zero_reduces_to_the_clean_cross_entropy(name, model):
+    x, y = oracle.images()
+    z, _ = oracle.clean_pass(model, x)
+    clean = oracle.loss_of_logits(z, y)
+    for moment in ("start", "end"):
+        # At the end of a schedule the radius may still be 0: a run without perturbations.
+        terms = OBJECTIVES[name]()(at(model, x, y, moment, eps=0.0))
+        if name in EXACT:
+            torch.testing.assert_close(torch.stack(list(terms.values())).sum(0), clean)
+        total = oracle.loss_of(terms)
+        if name in ("taps", "staps") and moment == "end":
+            torch.testing.assert_close(total, clean.mean().square())
+            continue
+        torch.testing.assert_close(total, clean.mean())
+        target = oracle.loss_of_logits(oracle.clean_pass(model, x)[0], y).mean()
+        oracle.assert_same_gradients(oracle.gradients(total, model), oracle.gradients(target, model), 1e-7)
+
+
+def test_objectives_are_frozen_values(name):
+    kind = OBJECTIVES[name]
+    assert kind() == kind() and hash(kind()) == hash(kind())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        kind().robust_weight = 0.5
