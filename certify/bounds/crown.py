@@ -15,6 +15,7 @@ from torch import Tensor
 from certify.graph import Snapshot
 from certify.interval import Interval
 from certify.op import Activation, AnyBox, Box, Op
+from certify.ops import affine
 from certify.ops.affine import Pad, Scale
 from certify.ops.max_pool import MaxPool2d
 from certify.ops.relu import ReLU
@@ -138,8 +139,8 @@ def intermediate_boxes(snapshot: Snapshot, region: Region) -> Boxes:
     """CROWN bounds of every node that a nonlinear op reads.
 
     Each op's interval rule is applied to the tightened boxes before it; only neurons whose relaxation that leaves
-    inexact get a backward pass, and the better of both bounds is kept. Nodes that are affine in the input need none
-    for a box: the interval rule is exact after the first layer.
+    inexact get a backward pass, and the better of both bounds is kept. Nodes where the interval rule is exact, after
+    the first layer, need none.
     """
     needed = set(relaxed_inputs(snapshot))
     intervals: list[Interval] = [region.interval()]
@@ -151,7 +152,7 @@ def intermediate_boxes(snapshot: Snapshot, region: Region) -> Boxes:
         if place in needed:
             box = Box(interval.lb, interval.ub)
             mask = loose_mask(snapshot, place, box)
-            if mask.any() and not _exact_by_intervals(snapshot, place):
+            if mask.any() and not _exact_by_intervals(snapshot, place, region):
                 rows = Rows.of(mask)
                 box = rows.write(box, bound_rows(snapshot, place, rows, boxes, region))
             boxes[place] = box
@@ -195,16 +196,24 @@ def _chunk(alphas: Alphas | None, begin: int, end: int, count: int) -> Alphas | 
     }
 
 
-def _exact_by_intervals(snapshot: Snapshot, place: int) -> bool:
-    """Whether interval rules are exact at a node: one mixing layer after the input, no sums of branches."""
-    mixing = 0
+def _exact_by_intervals(snapshot: Snapshot, place: int, region: Region) -> bool:
+    """Whether interval rules are exact at a node: one mixing layer after the input, no sums of branches.
+
+    For an l2 ball its image must reach that layer, which only these ops pass on; for an l1 ball they never are.
+    """
+    ops: list[Op] = []
     while place:
         node = snapshot.nodes[place]
         if not node.op.is_linear or len(node.inputs) != 1:
             return False
-        mixing += _mixes(node.op)
+        ops.insert(0, node.op)
         (place,) = node.inputs
-    return mixing <= 1
+    mixing = [number for number, op in enumerate(ops) if _mixes(op)]
+    if region.ball is None or not mixing:
+        return len(mixing) <= 1
+    passed_on = all(isinstance(op, Scale | Reshape | Identity) for op in ops[: mixing[0]])
+    known = isinstance(ops[mixing[0]], affine.Linear | affine.Conv2d)
+    return len(mixing) == 1 and region.ball.norm == "l2" and passed_on and known
 
 
 def _mixes(op: Op) -> bool:

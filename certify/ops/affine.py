@@ -130,6 +130,8 @@ class Scale(AffineOp):
     shift: Tensor
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        if self.scale.dim() == 0:  # a Python number, kept on the CPU and in float64 whatever the input is
+            return inputs[0] * self.scale + self.shift
         return torch.addcmul(self.shift, inputs[0], self.scale)
 
     def absolute(self, radius: Tensor) -> Tensor:
@@ -281,39 +283,40 @@ def _torchvision_normalize(layer: Any, call: Call) -> Op:
     return Scale(1 / std, -mean / std)
 
 
-def _arithmetic(combine: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Call], Op]:
-    """Rule for an arithmetic function of one traced value and one constant, affine in the traced value."""
+def _affine(combine: Callable[[Tensor, bool], tuple[Tensor | float, Tensor | float]]) -> Callable[[Call], Op]:
+    """Rule for an arithmetic function of one traced value and one constant.
+
+    Args:
+        combine: (constant, whether the traced value stands on the left) -> (scale, shift), exact.
+    """
 
     def build(call: Call) -> Op:
         left, right = call.args[:2]
         if call.kwargs:
             raise call.refuse(f"keyword {', '.join(call.kwargs)} of an arithmetic function is not supported")
         traced = left if isinstance(left, Traced) else right
-        constant = torch.as_tensor(right if isinstance(left, Traced) else left)
+        constant = _constant(right if isinstance(left, Traced) else left)
         if constant.dim() > len(traced.shape) + 1 or (constant.dim() == len(traced.shape) + 1 and len(constant) != 1):
             raise call.refuse("a constant with a batch axis cannot be bounded")
         if call.out_shape != traced.shape:
             raise call.refuse("a constant that broadcasts the value to a larger shape is not supported")
-        if not constant.is_floating_point():
-            constant = constant.to(torch.get_default_dtype())
-        zero, one = torch.zeros_like(constant), torch.ones_like(constant)
-        at = (lambda v: combine(v, constant)) if isinstance(left, Traced) else (lambda v: combine(constant, v))
-        shift = at(zero)
-        return Scale(at(one) - shift, shift)
+        scale, shift = combine(constant, isinstance(left, Traced))
+        filled = torch.zeros_like(constant)
+        return Scale(filled + scale, filled + shift)
 
     return build
+
+
+def _constant(value: Any) -> Tensor:
+    """A number or a tensor as a tensor; numbers stay in float64, which does not widen what they are combined with."""
+    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
 
 
 def _division(call: Call) -> Op:
     if not isinstance(call.args[0], Traced):
         raise call.refuse("division of a constant by a value is not affine")
-    right = call.args[1]
-    return Scale(1 / _float(right), torch.zeros_like(_float(right)))
-
-
-def _float(value: Any) -> Tensor:
-    tensor = torch.as_tensor(value)
-    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+    return _divide(call)
 
 
 def _product(call: Call) -> Op:
@@ -323,17 +326,18 @@ def _product(call: Call) -> Op:
     return _multiply(call)
 
 
-_multiply = _arithmetic(torch.mul)
+_multiply = _affine(lambda constant, _: (constant, 0.0))
+_divide = _affine(lambda constant, _: (1 / constant, 0.0))
 RULES.function(operator.mul, torch.mul, "mul", "mul_", operator.imul)(_product)
 RULES.function(operator.truediv, torch.div, "div", "div_", torch.true_divide, operator.itruediv)(_division)
 
-add_constant = _arithmetic(torch.add)
-subtract_constant = _arithmetic(torch.sub)
+add_constant = _affine(lambda constant, _: (1.0, constant))
+subtract_constant = _affine(lambda constant, left: (1.0, -constant) if left else (-1.0, constant))
 
 
 @RULES.function(operator.neg, torch.neg, "neg")
 def _negate(call: Call) -> Op:
-    return Scale(torch.tensor(-1.0), torch.tensor(0.0))
+    return Scale(_constant(-1.0), _constant(0.0))
 
 
 def pair(value: Any) -> tuple[int, int]:

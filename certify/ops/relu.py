@@ -51,7 +51,8 @@ class ReLU(Activation):
         # Clamping ub - lb instead would flatten the chord below the function at ub: unsound.
         width = torch.where(unstable, ub - lb, 1.0)
         chord = (ub - a * lb) / width
-        stable = torch.where(lb >= 0, 1.0, a)
+        # A box that is not a number (overflow) must not pass for an inactive neuron: nan makes every bound nan.
+        stable = torch.where(lb >= 0, torch.ones_like(lb), torch.where(ub <= 0, torch.full_like(lb, a), torch.nan))
         upper = torch.where(unstable, chord, stable)
         intercept = torch.where(unstable, (a - chord) * lb, 0.0)
         return Lines(torch.where(unstable, chosen, stable), None, upper, intercept)

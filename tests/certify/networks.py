@@ -116,8 +116,8 @@ VARIANTS: dict[str, Block] = {
         lambda x, f, n: (lambda h: F.relu(n(h)) + h)(f(x)), nn.Conv2d(shape[0], 3, 3), nn.BatchNorm2d(3)
     ),
     "batch_norm_not_affine": lambda shape: nn.BatchNorm2d(shape[0], affine=False),
-    "relu_in_place": layer(lambda: nn.ReLU(inplace=True)),
-    "relu_in_place_read_after": branches(lambda x, f: (lambda h: h.relu_() + h)(f(x)), 1),
+    "relu_in_place": lambda shape: nn.Sequential(nn.Conv2d(shape[0], 3, 3), nn.ReLU(inplace=True)),
+    "relu_method_in_place": branches(lambda x, f: f(x).relu_() + x, 1),
     "relu_function": function(torch.relu),
     "relu_method": function(lambda x: x.relu()),
     "leaky_relu_function": function(lambda x: F.leaky_relu(x, 0.05)),

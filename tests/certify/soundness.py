@@ -13,6 +13,7 @@ from certify.bounds.bound import bound
 from certify.bounds.crown import Boxes, intermediate_boxes
 from certify.bounds.interval import interval_walk
 from certify.graph import Snapshot, capture
+from certify.op import Activation, Box
 from certify.region import Region
 
 METHODS: dict[str, dict[str, Any]] = {"ibp": {}, "crown_ibp": {}, "crown": {}, "alpha_crown": {"iterations": 5}}
@@ -39,6 +40,7 @@ def check(model: nn.Module, x: Tensor, ball: Ball, points: int = 10_000, methods
         clouds.append(torch.cat([cloud, attacked(model, *alone, cloud)]))
     with torch.no_grad():
         values = [node_values(snapshot, cloud) for cloud in clouds]
+        logits = [model(cloud) for cloud in clouds]
         region = Region.around(x, ball)
         boxes = {"intervals": interval_walk(snapshot, region.interval())[1]}
         boxes["crown boxes"] = intermediate_boxes(snapshot, region)
@@ -47,18 +49,59 @@ def check(model: nn.Module, x: Tensor, ball: Ball, points: int = 10_000, methods
     for method, options in methods.items():
         bounds = bound(snapshot, x, ball, method=method, **options)
         for i, value in enumerate(values):
-            _inside(method, bounds.lb[i].detach(), bounds.ub[i].detach(), model_logits(model, clouds[i]))
+            _inside(method, bounds.lb[i].detach(), bounds.ub[i].detach(), logits[i])
             _inside(f"{method} (captured)", bounds.lb[i].detach(), bounds.ub[i].detach(), value[-1])
+
+
+def check_rules(model: nn.Module, x: Tensor, ball: Ball, rows: int = 16, points: int = 200) -> None:
+    """Raise Escape if the rule of a single op is wrong on its input boxes; much sharper than the bounds of a network.
+
+    Its interval must contain its values, and its backward rows must lie below (for affine ops: on) `A . op(v)`, for
+    points v in the boxes and in their corners, for random A and random relaxation parameters.
+    """
+    snapshot = capture(model, x[:1]).snapshot().without_gradient()
+    generator = torch.Generator().manual_seed(0)
+    intervals = [Region.around(x, ball).interval()]
+    for node in snapshot.nodes[1:]:
+        inputs = [intervals[i] for i in node.inputs]
+        intervals.append(node.op.interval(*inputs))
+        sides = [torch.rand(points, *b.center.shape, generator=generator).mul(2).sub(1).to(x.dtype) for b in inputs]
+        for side in sides:
+            side[points // 2 :] = side[points // 2 :].sign()
+        v = [box.center + box.radius * side for box, side in zip(inputs, sides, strict=True)]
+        out = node.op.forward(*(part.flatten(0, 1) for part in v)).unflatten(0, (points, len(x)))
+        boxes = [Box(box.lb, box.ub) for box in inputs]
+        if all(
+            box.ball is None for box in inputs
+        ):  # the box of an l2 ball's image is smaller than the image of its box
+            for i in range(len(x)):
+                _inside(f"interval of {node.name!r}", intervals[-1].lb[i], intervals[-1].ub[i], out[:, i])
+        A = torch.randn(rows, *out.shape[1:], generator=generator).to(x.dtype)
+        # Half of the rows read one output each: in a sum over many, the slack of one hides the mistake of another.
+        single = torch.randint(out[0, 0].numel(), (rows // 2, len(x), 1), generator=generator)
+        A[: rows // 2] *= (
+            torch.zeros(rows // 2, len(x), out[0, 0].numel()).scatter_(2, single, 1.0).view_as(A[: rows // 2])
+        )
+        alphas: list[Tensor | None] = [None]
+        if isinstance(node.op, Activation) and node.op.free:
+            shape = (node.op.free, rows, *v[0].shape[1:])
+            alphas += [torch.rand(shape, generator=generator).to(x.dtype), torch.zeros(shape), torch.ones(shape)]
+        for alpha, given in [(None, inputs)] + [(alpha, boxes) for alpha in alphas]:
+            sources, constant = node.op.backward(A, given, None if alpha is None else alpha.to(x.dtype))
+            line = constant + sum(_rows(a, part) for a, part in zip(sources, v, strict=True))
+            gap = _rows(A, out) - line
+            tolerance = TOLERANCE[x.dtype] * float(_rows(A.abs(), out.abs()).max().clamp(min=1))
+            if not bool((gap >= -tolerance).all()) or (node.op.is_linear and not bool((gap <= tolerance).all())):
+                raise Escape(f"backward rule of {node.name!r}: gaps from {gap.min():g} to {gap.max():g}")
+
+
+def _rows(A: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("rbn,pbn->prb", A.flatten(2), v.flatten(2))
 
 
 def of_example(ball: Ball, i: int) -> Ball:
     """The ball of one example, with a plain number as radius."""
     return replace(ball, eps=float(ball.eps[i])) if isinstance(ball.eps, Tensor) else ball
-
-
-def model_logits(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(x)
 
 
 def node_values(snapshot: Snapshot, x: Tensor) -> list[Tensor]:
@@ -84,7 +127,7 @@ def sampled(x: Tensor, ball: Ball, count: int, generator: torch.Generator) -> Te
 
 
 def attacked(model: nn.Module, x: Tensor, ball: Ball, cloud: Tensor, steps: int = 5) -> Tensor:
-    """Signed gradient ascent and descent on each logit and each difference of logits, from the extreme sampled points."""
+    """Gradient ascent and descent on each logit and each difference of logits, from the extreme sampled points."""
     with torch.no_grad():
         logits = model(cloud)
         classes = logits.shape[1]

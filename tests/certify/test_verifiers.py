@@ -1,0 +1,318 @@
+"""What all verifiers have in common, and what the cascade adds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attacks.threat import Ball, L1Ball, L2Ball, LinfBall
+from certify.docket import Docket, _padded
+from certify.precision import exact_arithmetic
+from certify.verdict import SoundnessError, Verdict
+from certify.verifier import VERIFIERS
+from certify.verifiers.alpha_crown import AlphaCROWN
+from certify.verifiers.cascade import Cascade
+from certify.verifiers.crown import CROWN
+from certify.verifiers.ibp import IBP
+from certify.verifiers.ibp import bound as ibp_bound
+from tests.certify.networks import CLASSES, INPUT, KINDS, network
+
+ALL = sorted({name for name in VERIFIERS.names()} & {"ibp", "crown_ibp", "crown", "alpha_crown", "cascade"})
+
+
+def problem(seed: int = 0, count: int = 6) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network and images with the labels that it predicts."""
+    model = network([KINDS["relu"], KINDS["conv"], KINDS["relu"]], seed)
+    x = torch.rand(count, *INPUT, generator=torch.Generator().manual_seed(seed))
+    return model, x, model(x).argmax(1)
+
+
+def facts(verdicts: list[Verdict]) -> list[tuple[str, str]]:
+    return [(v.status, v.method) for v in verdicts]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_verifiers_can_be_written_as_text(name: str) -> None:
+    method = VERIFIERS.parse(name)
+    assert VERIFIERS.parse(VERIFIERS.spell(method)) == method
+    other = dataclasses.replace(method, batch_size=3)
+    assert VERIFIERS.spell(other) == f"{name}:batch_size=3" and VERIFIERS.parse(VERIFIERS.spell(other)) == other
+    assert method.sound and set(method.norms) == {"linf", "l2", "l1"}
+
+
+def test_the_attacks_of_the_cascade_are_part_of_its_text() -> None:
+    method = VERIFIERS.parse("cascade:attack=none,long_attack=(margin_pgd:steps=7),timeout=20")
+    assert method.attack is None and method.long_attack.steps == 7 and method.timeout == 20
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("ball", [LinfBall(1e-3), L2Ball(1e-3), L1Ball(1e-3)], ids=lambda b: b.norm)
+def test_tiny_balls_are_certified_and_wrong_predictions_are_misclassified(name: str, ball: Ball) -> None:
+    model, x, y = problem()
+    y[2] = (y[2] + 1) % CLASSES
+    verdicts = VERIFIERS.parse(name)(model, x, y, ball)
+    assert [v.status for v in verdicts] == ["certified"] * 2 + ["misclassified"] + ["certified"] * 3
+    for verdict, logits, label in zip(verdicts, model(x).detach(), y, strict=True):
+        others = logits[torch.arange(CLASSES) != label]
+        if verdict.status == "certified":
+            assert 0 < verdict.margin_lb <= float(logits[label] - others.max()) + 1e-5
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_verifier_certifies_where_the_cascade_found_a_witness(name: str) -> None:
+    model, x, y = problem(count=12)
+    for eps in (0.03, 0.1):
+        witnesses = Cascade(alpha_iterations=5)(model, x, y, LinfBall(eps))
+        for found, verdict in zip(witnesses, VERIFIERS.parse(name)(model, x, y, LinfBall(eps)), strict=True):
+            assert {found.status, verdict.status} != {"falsified", "certified"}
+    assert any(v.status == "falsified" for v in witnesses)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_verdict_does_not_depend_on_the_rest_of_the_batch(name: str) -> None:
+    model, x, y = problem(count=8)
+    y[3] = (y[3] + 1) % CLASSES
+    eps = torch.tensor([0.004, 0.02, 0.01, 0.02, 0.05, 0.1, 0.015, 0.025])
+    method = VERIFIERS.parse(name)
+    together = method(model, x, y, LinfBall(eps))
+    for i in range(len(x)):
+        (alone,) = method(model, x[i : i + 1], y[i : i + 1], LinfBall(float(eps[i])), index=torch.tensor([i]))
+        assert (alone.status, alone.method) == (together[i].status, together[i].method)
+        if alone.status == "unknown" and name != "cascade":
+            assert alone.margin_lb == pytest.approx(together[i].margin_lb, abs=1e-4)
+    assert facts(dataclasses.replace(method, batch_size=3)(model, x, y, LinfBall(eps))) == facts(together)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_model_is_left_as_it_was(name: str) -> None:
+    model, x, y = problem()
+    model.train()
+    model.body[1].eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    flags = [module.training for module in model.modules()]
+    VERIFIERS.parse(name)(model, x, y, LinfBall(0.03))
+    assert flags == [module.training for module in model.modules()]
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_verifiers_accept_no_examples_and_float64_models() -> None:
+    model, x, y = problem()
+    assert IBP()(model, x[:0], y[:0], LinfBall(0.01)) == []
+    verdicts = CROWN()(model.double(), x.double(), y, LinfBall(1e-3))
+    assert all(v.status == "certified" for v in verdicts)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, x, y: (m, x * 255, y), "outside the pixel range"),
+        (lambda m, x, y: (m, x * math.nan, y), "not finite"),
+        (lambda m, x, y: (m, x, y + 10), "the model has 4 classes"),
+        (lambda m, x, y: (m, x, y - 5), "the model has 4 classes"),
+        (lambda m, x, y: (m, x, y[:2]), "one label per example"),
+        (lambda m, x, y: (m, x[0, 0, 0], y[:5]), "must be a batch"),
+        (lambda m, x, y: (m.bfloat16(), x.bfloat16(), y), "need float32 or float64"),
+        (lambda m, x, y: (m.double(), x, y), "the model has parameters of torch.float64"),
+    ],
+)
+def test_problems_that_make_no_sense_are_refused_in_one_line(change: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        IBP()(*change(*problem()), LinfBall(0.01))  # type: ignore[operator]
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_norm_is_refused() -> None:
+    class Odd(LinfBall):
+        norm = "l0"
+
+    with pytest.raises(ValueError, match="l0 ball; this verifier knows linf, l2, l1"):
+        IBP()(*problem(), Odd(0.1))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ALL)
+def test_networks_that_overflow_are_never_certified(name: str, poison: float) -> None:
+    model, x, y = problem()
+    model.body[2].weight.data[0, 0, 0, 0] = poison
+    if math.isinf(poison):
+        # Finite logits on the images, overflow in the bounds only.
+        model.body[2].weight.data[0] = 3e38
+        model.body[2].bias.data[0] = -3e38
+        y = model(x).nan_to_num(0, 0, 0).argmax(1)
+    assert all(v.status in ("unknown", "misclassified") for v in VERIFIERS.parse(name)(model, x, y, LinfBall(0.05)))
+
+
+def test_a_bound_of_nan_or_infinity_proves_nothing() -> None:
+    model, x, y = problem()
+    for value in (math.nan, math.inf):
+        docket = Docket(model, x, y, LinfBall(0.01))
+
+        def broken(snapshot: object, region: object, request: object, value: float = value) -> tuple[Tensor, Tensor]:
+            return torch.full((len(x), CLASSES - 1), value), torch.ones(len(x), CLASSES - 1)
+
+        docket.prove("broken", broken, 64)  # type: ignore[arg-type]
+        assert all(v.status == "unknown" for v in docket.verdicts("broken"))
+
+
+def test_a_float32_bound_within_its_allowance_is_decided_in_float64() -> None:
+    model, x, y = problem(count=1)
+    asked = []
+
+    def small(snapshot: object, region: object, request: object) -> tuple[Tensor, Tensor]:
+        dtype = region.center.dtype  # type: ignore[attr-defined]
+        asked.append(dtype)
+        shape = request.wanted.shape  # type: ignore[attr-defined]
+        return torch.full(shape, 1e-6, dtype=dtype), torch.ones(shape, dtype=dtype)
+
+    docket = Docket(model, x, y, LinfBall(0.01))
+    docket.prove("small", small, 64)  # type: ignore[arg-type]
+    (verdict,) = docket.verdicts("small")
+    assert asked == [torch.float32, torch.float64]
+    assert (verdict.status, verdict.precision) == ("certified", "float64")
+    assert verdict.margin_lb == pytest.approx(1e-6)
+
+
+class Cancelling(nn.Module):
+    """Two logits whose true margin is -3e-4, computed as the difference of numbers near 3e4 inside the network."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 2)
+        self.second = nn.Linear(2, 2)
+        self.first.weight.data = torch.tensor([[scale, 0.1], [scale, 0.0]])
+        self.first.bias.data = torch.tensor([scale / 3, scale / 3 + 0.05])
+        self.second.weight.data = torch.tensor([[1.0, -1.0], [0.0, 0.0]])
+        self.second.bias.data.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("name", ["ibp", "crown_ibp", "crown", "alpha_crown"])
+def test_cancellation_between_large_weights_is_never_decided_in_float32(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for scale in (1e4, 1e5, 1e6):
+        model = Cancelling(scale)
+        x = torch.rand(50, 2, generator=generator) * 0.8 + 0.1
+        x[:, 1] = 0.5 + (torch.rand(50, generator=generator) - 0.5) * 1e-3
+        y = model(x).argmax(1)
+        ball = LinfBall(1e-7)
+        exact = x.double()
+        margin = 0.1 * exact[:, 1] - model.first.bias.double()[1] + model.first.bias.double()[0]
+        margin = torch.where(y == 0, margin, -margin)
+        for verdict, true in zip(VERIFIERS.parse(name)(model, x, y, ball), margin.tolist(), strict=True):
+            assert verdict.status != "certified" or true > 0
+
+
+def test_targets_are_padded_with_a_target_that_counts() -> None:
+    asked = torch.tensor([[True, False, True], [False, True, False]])
+    columns, counts = _padded(asked)
+    assert columns.tolist() == [[0, 2], [1, 1]] and counts.tolist() == [[True, True], [True, False]]
+
+
+def test_later_stages_see_only_open_examples_and_unproven_targets() -> None:
+    model, x, y = problem(count=3)
+    seen = []
+
+    def partly(snapshot: object, region: object, request: object) -> tuple[Tensor, Tensor]:
+        low = torch.full(request.wanted.shape, -1.0)  # type: ignore[attr-defined]
+        low[0] = 5.0
+        low[1, 0] = 5.0
+        return low, torch.zeros_like(low)
+
+    def record(snapshot: object, region: object, request: object) -> tuple[Tensor, Tensor]:
+        seen.append((len(region.x), request.wanted.tolist()))  # type: ignore[attr-defined]
+        low = torch.full(request.wanted.shape, 7.0)  # type: ignore[attr-defined]
+        return low, torch.zeros_like(low)
+
+    docket = Docket(model, x, y, LinfBall(0.01))
+    docket.prove("first", partly, 64)  # type: ignore[arg-type]
+    docket.prove("second", record, 64)  # type: ignore[arg-type]
+    assert seen == [(2, [[True, True, False], [True, True, True]])]
+    verdicts = docket.verdicts("none")
+    assert facts(verdicts) == [("certified", "first"), ("certified", "second"), ("certified", "second")]
+    # The margin is the least over targets of the best bounds.
+    assert [v.margin_lb for v in verdicts] == [5.0, 5.0, 7.0]
+
+
+def test_a_proposed_point_that_is_no_witness_falsifies_nothing() -> None:
+    model, x, y = problem(count=2)
+
+    def outside(model: nn.Module, x: Tensor, y: Tensor, ball: Ball, **options: object) -> Tensor:
+        return torch.rand(x.shape, generator=torch.Generator().manual_seed(1))
+
+    docket = Docket(model, x, y, LinfBall(1e-3))
+    docket.falsify("liar", outside, 64)  # type: ignore[arg-type]
+    assert all(v.status == "unknown" for v in docket.verdicts("none"))
+
+
+def test_every_stage_of_the_cascade_is_named_by_what_it_decides() -> None:
+    model, x, y = problem(count=24)
+    eps = torch.logspace(-4, -0.7, 24)
+    verdicts = Cascade(alpha_iterations=10)(model, x, y, LinfBall(eps))
+    methods = {v.method for v in verdicts}
+    assert {"cascade/attack", "cascade/ibp"} <= methods and methods & {"cascade/crown_ibp", "cascade/crown"}
+    assert all(v.method == "cascade" for v in verdicts if v.status == "unknown")
+    assert all((v.witness is not None) == (v.status == "falsified") for v in verdicts)
+    assert all(v.seconds > 0 for v in verdicts)
+
+
+def test_an_example_without_time_left_is_unknown() -> None:
+    model, x, y = problem()
+    verdicts = Cascade(timeout=0.0)(model, x, y, LinfBall(1e-3))
+    assert facts(verdicts) == [("unknown", "cascade")] * len(x)
+
+
+def test_alpha_crown_stops_when_time_is_up() -> None:
+    model, x, y = problem()
+    docket = Docket(model, x, y, LinfBall(0.1), timeout=0.05)
+    docket.prove("alpha_crown", AlphaCROWN(iterations=100_000).bound, 64)
+    assert len(docket.verdicts("alpha_crown")) == len(x)
+
+
+def test_the_verifiers_are_ordered_by_tightness() -> None:
+    model, x, y = problem(count=10)
+    margins = [
+        [v.margin_lb for v in VERIFIERS.parse(name)(model, x, y, LinfBall(0.05))]
+        for name in ("ibp", "crown_ibp", "crown", "alpha_crown")
+    ]
+    for ibp, crown_ibp, crown, alpha in zip(*margins, strict=True):
+        # crown_ibp takes the better of adaptive and zero lower lines, and the latter are never below intervals.
+        assert ibp <= crown_ibp + 1e-4 and crown_ibp <= crown + 1e-2 and min(crown, 0) <= alpha + 1e-1
+
+
+def test_reduced_precision_is_off_while_bounds_are_computed_and_back_afterwards() -> None:
+    seen = []
+
+    class Probe(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")))
+            return x.flatten(1)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16), exact_arithmetic():
+            product = torch.ones(64, 64) * (1 + 2**-10) @ torch.ones(64, 64)
+            Probe()(product)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert product.dtype == torch.float32 and product[0, 0] == 64 * (1 + 2**-10)
+    assert not seen[0][1]
+
+
+def test_interval_bounds_are_what_the_docket_certifies_with() -> None:
+    model, x, y = problem()
+    docket = Docket(model, x, y, LinfBall(1e-3))
+    docket.prove("ibp", ibp_bound, 2)
+    assert [v.margin_lb for v in docket.verdicts("ibp")] == [v.margin_lb for v in IBP()(model, x, y, LinfBall(1e-3))]
+
+
+def test_claims_without_evidence_are_errors_of_their_own_kind() -> None:
+    assert issubclass(SoundnessError, RuntimeError)
