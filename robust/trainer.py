@@ -138,6 +138,9 @@ class _Run:
         self.lr = factory.lr
         self.optimizer = factory(self.model.parameters())
         self.hooks = [HOOKS.parse(text).start(self.model) for text in settings.hooks]
+        averaging = [text for text, hook in zip(settings.hooks, self.hooks, strict=True) if hook.averages]
+        if len(averaging) > 1:
+            raise TrainingError(f"{' and '.join(averaging)} both average the weights; keep one of them")
         self.steps_per_epoch = max(1, math.ceil(len(self.train_images) / settings.batch_size))
         self.graph = capture(self.model, self._example())
         self.progress = Progress()
