@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -30,7 +30,13 @@ class Moment:
 
 
 class Active:
-    """A hook at work in one run; its state is saved with the run, so that a killed run goes on with the same result."""
+    """A hook at work in one run; its state is saved with the run, so that a killed run goes on as it was.
+
+    Attributes:
+        averages: whether `weights` may have an opinion; only one hook of a run may.
+    """
+
+    averages: ClassVar[bool] = False
 
     def after_step(self, moment: Moment) -> None:
         """Called behind every optimiser step."""

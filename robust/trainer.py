@@ -2,12 +2,15 @@
 
 A run lives in a folder: `settings.json`, `log.jsonl` (one record per epoch), `state.safetensors` (for going on after a
 kill) and at its end `checkpoint.safetensors`. All randomness is keyed by (seed, purpose, step), so a run that was
-killed continues from its last state with the same result, bit by bit on a CPU.
+killed continues from its last state with the same result, bit by bit on a CPU. What it did behind that state is done
+again: the state is saved by the clock, since a run of short epochs would spend its time on waiting for the disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import json
 import math
 import time
@@ -24,11 +27,12 @@ from certify.graph import Graph, capture
 from certify.ops.batch_norm import Statistics
 from certify.verifier import VERIFIERS
 from robust.batch_norm import has_batch_norm, reestimate_statistics
-from robust.checkpoint import Checkpoint
+from robust.checkpoint import Checkpoint, load
 from robust.dataset import DataSet, parse_dataset
 from robust.files import JsonLines, write_whole
 from robust.hook import HOOKS, Active, Moment
 from robust.initialization import initialize_
+from robust.interruption import Interruption
 from robust.model import MODELS
 from robust.objective import OBJECTIVES
 from robust.objectives.natural import Natural
@@ -37,7 +41,7 @@ from robust.regularizer import REGULARIZERS
 from robust.schedule import SCHEDULES, ramp_progress
 from robust.seeds import seeded
 from robust.settings import Settings
-from robust.tensor_file import load_tensors, save_tensors
+from robust.tensor_file import CheckpointError, load_tensors, save_tensors
 from robust.views import Views
 
 STATE, BEST, CHECKPOINT, LOG, SETTINGS = (
@@ -61,12 +65,14 @@ class Progress:
     Attributes:
         step: optimiser steps done.
         sums: of the loss terms over the present epoch's steps.
+        seconds: spent on the present epoch's steps.
         best: certified validation accuracy of the kept weights, -1 before there are any.
         metrics: of the last validation.
     """
 
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
     best: float = -1.0
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -90,19 +96,19 @@ def train(
         root: folder of the data sets, see `robust.dataset.data_root`.
         progress: show a progress bar.
         tensorboard: also write TensorBoard events to `out`.
-        save_every: seconds between saved states; one is saved behind each epoch too.
+        save_every: seconds between saved states.
 
     Returns:
-        the checkpoint, also in `out/checkpoint.safetensors`.
+        the checkpoint, also in `out/checkpoint.safetensors`; that of a finished run without training again.
 
     Raises:
-        TrainingError: other settings in `out`, no training images, a loss that is not finite.
+        TrainingError: other settings in `out`, a damaged state, too few images, a loss that is not finite.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the state was saved behind the step that was under way.
+        FileInUse: another process is training in `out`.
     """
     out = Path(out)
-    _claim(settings, out)
+    refuse_other_settings(settings, out)
     if (out / CHECKPOINT).exists():
-        from robust.checkpoint import load
-
         return load(out / CHECKPOINT)
     return _Run(settings, out, torch.device(device), root, progress, tensorboard, save_every).run()
 
@@ -120,10 +126,7 @@ class _Run:
     ) -> None:
         self.settings, self.out, self.device = settings, out, device
         self.show, self.save_every = progress, save_every
-        data = parse_dataset(settings.data)(root)
-        if len(data.train) < 2:
-            raise TrainingError(f"{settings.data}: no training images (a folder needs train/, an archive x_train)")
-        self.data = data.split(settings.validation, settings.seed) if settings.validation else data
+        self.data = training_data(settings, root)
         self.train_images = self.data.train.to(device)
         self.model = build_model(settings, self.data).to(device)
         self.objective = OBJECTIVES.parse(settings.objective)
@@ -135,26 +138,38 @@ class _Run:
         self.lr = factory.lr
         self.optimizer = factory(self.model.parameters())
         self.hooks = [HOOKS.parse(text).start(self.model) for text in settings.hooks]
+        averaging = [text for text, hook in zip(settings.hooks, self.hooks, strict=True) if hook.averages]
+        if len(averaging) > 1:
+            raise TrainingError(f"{' and '.join(averaging)} both average the weights; keep one of them")
         self.steps_per_epoch = max(1, math.ceil(len(self.train_images) / settings.batch_size))
         self.graph = capture(self.model, self._example())
         self.progress = Progress()
-        self.writer = _tensorboard(out) if tensorboard else None
+        self.summary_writer = _summary_writer_class() if tensorboard else None
+        self.writer: Any = None
+        self.interruption = Interruption()
         self.saved_at = time.monotonic()
 
     def run(self) -> Checkpoint:
-        if (self.out / STATE).exists():
-            self._restore()
-        with JsonLines(self.out / LOG) as log:
-            # Records behind the restored state belong to steps that are now done again.
-            log.keep(self.progress.step // self.steps_per_epoch)
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(JsonLines(self.out / LOG))
+            # Only now nobody else can be writing to the folder.
+            refuse_other_settings(self.settings, self.out)
+            write_whole(self.out / SETTINGS, json.dumps(self.settings.to_dict(), indent=2) + "\n")
+            if (self.out / STATE).exists():
+                self._restore()
             first = self.progress.step // self.steps_per_epoch
+            # Records behind the restored state belong to steps that are now done again.
+            log.keep(first)
+            if self.summary_writer is not None:
+                self.writer = stack.enter_context(self.summary_writer(str(self.out), purge_step=first + 1))
+            stack.enter_context(self.interruption)
             for epoch in range(first, self.settings.epochs):
+                best = self.progress.best
                 log.append([self._epoch(epoch)])
-                self._save()
-        return self._finish()
+                self._pause(at_once=self.progress.best > best)
+            return self._finish()
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
-        started = time.perf_counter()
         order = self._order(epoch)
         done = self.progress.step - epoch * self.steps_per_epoch
         self.model.train()
@@ -167,15 +182,25 @@ class _Run:
         )
         with bar:
             for place in range(done, self.steps_per_epoch):
+                started = time.perf_counter()
                 index = order[place * self.settings.batch_size : (place + 1) * self.settings.batch_size]
                 terms = self._step(index)
                 for name, value in terms.items():
                     self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
+                self.progress.seconds += time.perf_counter() - started
                 bar.update()
                 bar.set_postfix({name: f"{value:.3f}" for name, value in terms.items()}, refresh=False)
-                if time.monotonic() - self.saved_at > self.save_every:
-                    self._save()
-        return self._close_epoch(epoch, time.perf_counter() - started)
+                # Behind the last step a state would claim an epoch whose record and hooks are still to come.
+                if place + 1 < self.steps_per_epoch:
+                    self._pause()
+        return self._close_epoch(epoch)
+
+    def _pause(self, at_once: bool = False) -> None:
+        """Between two steps or epochs: save the state if it is time, and stop where an interruption asks for it."""
+        if self.interruption.asked or at_once or time.monotonic() - self.saved_at > self.save_every:
+            self._save()
+        if self.interruption.asked:
+            raise KeyboardInterrupt
 
     def _step(self, index: Tensor) -> dict[str, float]:
         """One optimiser step; the loss terms' values."""
@@ -213,16 +238,23 @@ class _Run:
             if not math.isfinite(value):
                 raise TrainingError(
                     f"step {self.progress.step}: {name} is {value}. Try a lower learning rate, a longer radius ramp "
-                    f"(eps_schedule), gradient clipping (clip_norm) or init='ibp'; "
-                    f"the last state is in {self.out / STATE}"
+                    "(eps_schedule), gradient clipping (clip_norm) or init='ibp'"
                 )
 
-    def _close_epoch(self, epoch: int, seconds: float) -> dict[str, Any]:
+    def _check_weights(self) -> None:
+        """What the loss of a next step would show, before weights are judged or saved."""
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                self._check({f"largest weight of {name}": float(parameter.detach().abs().max())})
+
+    def _close_epoch(self, epoch: int) -> dict[str, Any]:
+        self._check_weights()
         moment = self._moment()
         for hook in self.hooks:
             hook.after_epoch(moment)
         means = {name: total / self.steps_per_epoch for name, total in self.progress.sums.items()}
-        self.progress.sums = {}
+        seconds = self.progress.seconds
+        self.progress.sums, self.progress.seconds = {}, 0.0
         last = self.progress.step - 1
         fraction = self.eps_schedule(last, self.steps_per_epoch, self.settings.epochs)
         due = (epoch + 1) % self.settings.validate_every == 0 or epoch + 1 == self.settings.epochs
@@ -288,12 +320,13 @@ class _Run:
         checkpoint.save(self.out / CHECKPOINT)
         (self.out / STATE).unlink(missing_ok=True)
         (self.out / BEST).unlink(missing_ok=True)
-        if self.writer is not None:
-            self.writer.close()
         return checkpoint
 
     def _order(self, epoch: int) -> Tensor:
-        """Training images of an epoch in their order; a last batch of one image is left out, which BatchNorm needs."""
+        """Indices of the training images in an epoch's order.
+
+        A last batch of one image, of which BatchNorm has no statistics, takes the epoch's first image along.
+        """
         order = torch.randperm(len(self.train_images), generator=seeded("cpu", self.settings.seed, "order", epoch))
         if len(order) % self.settings.batch_size == 1 and len(order) > 1:
             order = torch.cat([order, order[:1]])
@@ -317,6 +350,7 @@ class _Run:
 
     def _save(self) -> None:
         """Write the state whole: weights, optimiser, hooks, and where the run stands."""
+        self._check_weights()
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         plain: dict[str, Any] = {}
         for number, entry in self.optimizer.state_dict()["state"].items():
@@ -331,7 +365,10 @@ class _Run:
         self.saved_at = time.monotonic()
 
     def _restore(self) -> None:
-        tensors, metadata = load_tensors(self.out / STATE)
+        try:
+            tensors, metadata = load_tensors(self.out / STATE)
+        except CheckpointError as error:
+            raise TrainingError(f"{error}. Remove the file to train from the start") from None
         self.model.load_state_dict(_part(tensors, "model."))
         state: dict[int, dict[str, Any]] = {}
         for key, value in [*_part(tensors, "optimizer.").items(), *metadata["optimizer"].items()]:
@@ -367,7 +404,7 @@ def step_gradients(graph: Graph, x: Tensor, y: Tensor, moment: Moments, settings
         terms = _terms(views, moment)
         torch.stack(list(terms.values())).sum().backward()
         return {name: value.detach() for name, value in terms.items()}
-    _, statistics = graph.forward_train(x)
+    statistics = graph.forward_train(x)[1] if graph.has_batch_norm else {}
     leaves = {place: Statistics(*(t.detach().requires_grad_() for t in pair)) for place, pair in statistics.items()}
     totals: dict[str, Tensor] = {}
     for start in range(0, len(x), settings.micro_batch):
@@ -435,16 +472,48 @@ def validate(
     return {"clean": 100 * right / count, "certified": 100 * certified / count}
 
 
-def _claim(settings: Settings, out: Path) -> None:
-    """Write the settings into the run's folder, or refuse a folder of another run."""
+def training_data(settings: Settings, root: Path | None) -> DataSet:
+    """The run's data set, whose test images are the validation images where there are any.
+
+    Raises:
+        TrainingError: too few training images, or a share of them that is no image.
+    """
+    data = parse_dataset(settings.data)(root)
+    count = len(data.train)
+    if count < 2:
+        raise TrainingError(f"{settings.data}: no training images (a folder needs train/, an archive x_train)")
+    crop = data.augmentation.crop_size if data.augmentation is not None else None
+    if settings.validation:
+        data = data.split(settings.validation, settings.seed)
+        if len(data.train) < 2 or not len(data.test):
+            raise TrainingError(
+                f"validation={settings.validation} of {count} images leaves {len(data.train)} to train on and "
+                f"{len(data.test)} to validate with; both are needed"
+            )
+    if crop is not None and not settings.augment:
+        # The augmentation would have cut the images to the model's input.
+        data = dataclasses.replace(data, train=data.train.center_crop(crop))
+    return data
+
+
+def refuse_other_settings(settings: Settings, out: Path) -> None:
+    """TrainingError where `out` holds work of a run with other settings."""
     path = out / SETTINGS
-    if not path.exists():
-        write_whole(path, json.dumps(settings.to_dict(), indent=2) + "\n")
+    log = out / LOG
+    worked = (out / STATE).exists() or (out / CHECKPOINT).exists() or (log.exists() and log.stat().st_size > 0)
+    if not path.exists() or not worked:
         return
-    stored = Settings.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    if stored != settings:
-        before, now = stored.to_dict(), settings.to_dict()
-        changed = [f"{name}: {before[name]!r} there, {now[name]!r} now" for name in now if before[name] != now[name]]
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        stored = Settings.from_dict(there).to_dict()
+    except (ValueError, AttributeError) as error:
+        raise TrainingError(f"{path} holds no settings of this suite ({error}); choose another folder") from None
+    changed = [
+        f"{name}: {stored[name]!r} there, {value!r} now"
+        for name, value in settings.to_dict().items()
+        if stored[name] != value
+    ]
+    if changed:
         raise TrainingError(f"{out} holds a run with other settings ({'; '.join(changed)}); choose another folder")
 
 
@@ -456,12 +525,12 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _tensorboard(out: Path) -> Any:
+def _summary_writer_class() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise TrainingError("TensorBoard is not installed; pip install 'robust-suite[tensorboard]'") from None
-    return SummaryWriter(str(out))
+    return SummaryWriter
 
 
 def _line(record: dict[str, Any]) -> str:

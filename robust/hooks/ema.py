@@ -29,6 +29,8 @@ class EMA:
 
 
 class _Active(Active):
+    averages = True
+
     def __init__(self, ema: EMA) -> None:
         self.ema = ema
         self.average: dict[str, Tensor] = {}

@@ -29,6 +29,8 @@ class SWA:
 
 
 class _Active(Active):
+    averages = True
+
     def __init__(self, swa: SWA) -> None:
         self.swa = swa
         self.average: dict[str, Tensor] = {}

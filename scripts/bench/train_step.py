@@ -161,7 +161,7 @@ def resident_mb() -> float:
 
 
 def memory_of_one_step(name: str, title: str) -> float:
-    """MB by which two training steps, Adam's state included, raise the peak over the memory with model and data loaded."""
+    """MB that two training steps, Adam's state included, add at their peak to a process with model and data."""
     case = Case(NETS[name], "cpu")
     before = resident_mb()
     run = case.plain if title == "plain" else case.step(OBJECTIVE_TEXTS[title])
