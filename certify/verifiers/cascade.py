@@ -26,9 +26,9 @@ class Cascade:
     Needs: any network with bound rules. Returns: certified, falsified or unknown, for correctly classified examples;
     a verdict's method names the stage that decided: "cascade/attack", "cascade/ibp", "cascade/crown_ibp",
     "cascade/crown", "cascade/alpha_crown", "cascade/long_attack"; "cascade" where none did.
-    How: intervals come first, since they cost two forward passes and an attack some dozens (on a net trained for them they
-    decide most examples); each stage sees the examples that are not decided and the targets that are not proven; the margin of a
-    certified example is the least over targets of the best bounds seen. Sound, not complete.
+    How: intervals come first, since they cost two forward passes and an attack some dozens (on a net trained for them
+    they decide most examples). Each stage sees the examples that are not decided and the targets that are not proven;
+    the margin of a certified example is the least over targets of the best bounds seen. Sound, not complete.
 
     Args:
         attack, long_attack: searches for a witness before and after the bounds; "none" for no search.
