@@ -95,6 +95,19 @@ class Views:
         """The box around the ball, cut by the pixel range."""
         return box_around(self.x, self.ball.eps_of(self.x), self.ball.pixel_range)
 
+    def training_pass(self, x: Tensor) -> tuple[Tensor, Snapshot]:
+        """Logits of another batch in training mode, and the network with that batch's BatchNorm statistics.
+
+        Updates the running statistics once more.
+
+        Raises:
+            ValueError: the batch is only a part of a larger one, so its statistics are not the step's.
+        """
+        if self.statistics is not None:
+            raise ValueError("statistics of adversarial points need whole batches; set micro_batch=0")
+        logits, statistics = self.graph.forward_train(x)
+        return logits, self.graph.snapshot(statistics)
+
     def margins(self, box: Interval, snapshot: Snapshot | None = None) -> Tensor:
         """Interval lower bounds of the margins z_y - z_k over an input box, `[B, K]`, 0 in column y.
 

@@ -9,7 +9,13 @@ from torch import Tensor
 from attacks.attack import ATTACKS, Attack
 from attacks.registry import method_field
 from robust.objective import OBJECTIVES, certified_cross_entropy, cross_entropy, mixed
-from robust.training_attack import EXPRESSIVE_PGD, BatchNormStatistics, adversarial
+from robust.training_attack import (
+    EXPRESSIVE_PGD,
+    BatchNormStatistics,
+    BoundsStatistics,
+    adversarial,
+    attacked_and_bounding,
+)
 from robust.views import Views
 
 
@@ -24,6 +30,7 @@ class MTLIBP:
         attack_factor: the attack's radius as a multiple of the step's (2.1 for CIFAR-10 at 2/255).
         robust_weight: weight of both terms; the rest goes to the clean term.
         statistics: BatchNorm statistics under the attack.
+        bounds_statistics: batch whose BatchNorm statistics bounds and adversarial logits use.
     """
 
     ibp_weight: float = 0.5
@@ -31,10 +38,12 @@ class MTLIBP:
     attack_factor: float = 1.0
     robust_weight: float = 1.0
     statistics: BatchNormStatistics = "batch"
+    bounds_statistics: BoundsStatistics = "clean"
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
         x_adv = adversarial(views, self.attack, self.attack_factor, self.statistics)
-        bounds = certified_cross_entropy(views.margins(views.box), views.y)
-        attacked = cross_entropy(views.snapshot(x_adv), views.y)
+        logits, network = attacked_and_bounding(views, x_adv, self.bounds_statistics)
+        bounds = certified_cross_entropy(views.margins(views.box, network), views.y)
+        attacked = cross_entropy(logits, views.y)
         terms = {"ibp": self.ibp_weight * bounds, "adversarial": (1 - self.ibp_weight) * attacked}
         return mixed(views, self.robust_weight, terms)

@@ -81,6 +81,7 @@ class TAPS:
         gradient_scale: weight of the gradient through L_TAPS.
         relu_shrink: as in sabr.
         robust_weight: weight of the term; the rest goes to the clean term.
+        ibp_factor: whether L_TAPS is multiplied by L_IBP.
     """
 
     classifier_relus: int = 1
@@ -89,6 +90,7 @@ class TAPS:
     gradient_scale: float = 5.0
     relu_shrink: float = 1.0
     robust_weight: float = 1.0
+    ibp_factor: bool = True
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
         return self.over(views, views.box)
@@ -110,7 +112,8 @@ class TAPS:
         attacked = certified_cross_entropy(margins, views.y).mean()
         attacked = _ScaleGradient.apply(attacked, self.gradient_scale)
         # Powers and products act on batch means, so every example carries the batch's value.
-        return mixed(views, self.robust_weight, {"taps": (attacked * sound).expand(len(views.y))})
+        loss = attacked * sound if self.ibp_factor else attacked
+        return mixed(views, self.robust_weight, {"taps": loss.expand(len(views.y))})
 
 
 def split_before_relus(snapshot: Snapshot, relus: int) -> tuple[Snapshot, Snapshot]:
