@@ -10,6 +10,10 @@ import torch
 from attacks.threat import Ball, L1Ball, L2Ball, LinfBall
 from certify.bounds.bound import bound
 from certify.graph import capture
+from certify.interval import Interval
+from certify.op import Activation, Box
+from certify.ops.relu import ReLU
+from certify.ops.s_shaped import SShaped
 from tests.certify.networks import INPUT, KINDS, VARIANTS, network, pair, sandwich
 from tests.certify.soundness import METHODS, check, check_rules
 
@@ -89,3 +93,14 @@ def test_points_never_escape_the_bounds_of_random_stacks_of_ops(ball: Ball, dtyp
         picked = [n for i, n in enumerate(picked) if "pool" not in n or n not in picked[:i]]
         model = network([KINDS[n] for n in picked], number(f"{seed} {trial}")).to(dtype)
         check(model, images(trial).to(dtype), ball, points=20_000)
+
+
+@pytest.mark.parametrize("op", [ReLU(), ReLU(0.1), SShaped("sigmoid"), SShaped("tanh")], ids=str)
+@pytest.mark.parametrize("ends", [(torch.nan, torch.inf), (torch.nan, torch.nan), (-torch.inf, torch.nan)])
+def test_a_box_that_is_not_a_number_never_passes_for_a_stable_neuron(op: Activation, ends: tuple[float, float]) -> None:
+    lb, ub = torch.full((1, 2), ends[0]), torch.full((1, 2), ends[1])
+    for box in (Box(lb, ub), Interval(torch.full((1, 2), torch.nan), torch.full((1, 2), torch.inf))):
+        for sign in (1.0, -1.0):
+            (through,), constant = op.backward(torch.full((1, 1, 2), sign), [box])
+            bound = constant + through.sum(2)
+            assert not torch.isfinite(bound).any()
