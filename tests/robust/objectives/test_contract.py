@@ -67,8 +67,8 @@ def test_text_and_value_convert_without_loss(name):
         value = getattr(kind(), field.name)
         if field.name == "attack":
             changes[field.name] = dataclasses.replace(SINGLE_STEP, step_size=2 / 255)
-        elif field.name == "statistics":
-            changes[field.name] = "running"
+        elif isinstance(value, str):
+            changes[field.name] = {"statistics": "running", "bounds_statistics": "adversarial"}[field.name]
         elif isinstance(value, bool):
             changes[field.name] = not value
         else:
