@@ -111,6 +111,9 @@ class Registry:
                 raise
             except ValueError as error:
                 raise UnknownName(f"{self.kind} {name!r}, field {key!r}: {error}") from None
+        lacking = [key for key, field in fields.items() if key not in values and _default(field) is dataclasses.MISSING]
+        if lacking:
+            raise UnknownName(f"{self.kind} {name!r} needs {', '.join(lacking)}: {name}:{lacking[0]}=...")
         return entry(**values)
 
     def spell(self, method: object) -> str:

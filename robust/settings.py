@@ -50,7 +50,7 @@ class Settings:
     regularizers: tuple[str, ...] = ()
     """Terms on top of the objective, such as shi:weight=0.5 and l1:weight=1e-6."""
     hooks: tuple[str, ...] = ()
-    """Things done on the way, such as precise_bn, ema:decay=0.999 and swa:start=65."""
+    """Things done on the way, such as precise_bn, ema:decay=0.999 and swa:start_epoch=65."""
     init: Literal["default", "ibp", "kaiming_normal"] = "default"
     """Starting weights."""
     clip_norm: float = 10.0

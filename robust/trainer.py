@@ -107,6 +107,7 @@ def train(
         FileInUse: another process is training in `out`.
     """
     out = Path(out)
+    check_texts(settings)
     refuse_other_settings(settings, out)
     if (out / CHECKPOINT).exists():
         return load(out / CHECKPOINT)
@@ -470,6 +471,22 @@ def validate(
             right += verdict.status != "misclassified"
             certified += verdict.status == "certified"
     return {"clean": 100 * right / count, "certified": 100 * certified / count}
+
+
+def check_texts(settings: Settings) -> None:
+    """Raise UnknownName or ValueError where a text of the settings spells no method, before anything is read."""
+    parse_dataset(settings.data)
+    for registry, texts in (
+        (MODELS, [settings.model]),
+        (OBJECTIVES, [settings.objective]),
+        (VERIFIERS, [settings.validator]),
+        (OPTIMIZERS, [settings.optimizer]),
+        (SCHEDULES, [settings.eps_schedule, settings.lr_schedule]),
+        (REGULARIZERS, settings.regularizers),
+        (HOOKS, settings.hooks),
+    ):
+        for text in texts:
+            registry.parse(text)
 
 
 def training_data(settings: Settings, root: Path | None) -> DataSet:

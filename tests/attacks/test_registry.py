@@ -136,3 +136,17 @@ def test_only_dataclasses_register_and_a_name_belongs_to_one_class():
 @pytest.mark.parametrize("top", [1, 2, 36])
 def test_fractions_are_the_quotient_of_their_parts(top, bottom):
     assert number(f"{top}/{bottom}") == top / bottom
+
+
+def test_a_field_without_a_default_is_asked_for():
+    registry = Registry("toy", "attacks.methods")
+
+    @registry.register("yo-yo")
+    @dataclass(frozen=True)
+    class YoYo:
+        string: float
+        colour: str = "red"
+
+    assert registry.parse("yo-yo:string=0.5") == YoYo(0.5)
+    with pytest.raises(UnknownName, match="toy 'yo-yo' needs string: yo-yo:string="):
+        registry.parse("yo-yo:colour=blue")
