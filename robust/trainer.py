@@ -219,7 +219,7 @@ class _Run:
             self.graph,
             x,
             y,
-            Moments(self.objective if fraction > 0 else Natural(), self.regularizers, fraction, ramp, noise),
+            StepPlan(self.objective if fraction > 0 else Natural(), self.regularizers, fraction, ramp, noise),
             settings,
         )
         values = {name: float(value) for name, value in terms.items()}
@@ -383,7 +383,7 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class Moments:
+class StepPlan:
     """What one step needs besides model and images: loss, regularisers, schedules' values and randomness."""
 
     objective: Any
@@ -393,7 +393,7 @@ class Moments:
     generator: torch.Generator
 
 
-def step_gradients(graph: Graph, x: Tensor, y: Tensor, moment: Moments, settings: Settings) -> dict[str, Tensor]:
+def step_gradients(graph: Graph, x: Tensor, y: Tensor, plan: StepPlan, settings: Settings) -> dict[str, Tensor]:
     """Add the gradients of a batch's loss to the parameters; the terms' batch means.
 
     With `settings.micro_batch` the images are attacked and bounded in parts. BatchNorm statistics are those of the
@@ -401,8 +401,8 @@ def step_gradients(graph: Graph, x: Tensor, y: Tensor, moment: Moments, settings
     collected and sent through the clean pass once.
     """
     if not 0 < settings.micro_batch < len(x):
-        views = _views(graph, x, y, moment, settings)
-        terms = _terms(views, moment)
+        views = _views(graph, x, y, plan, settings)
+        terms = _terms(views, plan)
         torch.stack(list(terms.values())).sum().backward()
         return {name: value.detach() for name, value in terms.items()}
     statistics = graph.forward_train(x)[1] if graph.has_batch_norm else {}
@@ -410,9 +410,9 @@ def step_gradients(graph: Graph, x: Tensor, y: Tensor, moment: Moments, settings
     totals: dict[str, Tensor] = {}
     for start in range(0, len(x), settings.micro_batch):
         part = slice(start, start + settings.micro_batch)
-        views = _views(graph, x[part], y[part], moment, settings, leaves)
+        views = _views(graph, x[part], y[part], plan, settings, leaves)
         share = len(views.x) / len(x)
-        terms = {name: share * value for name, value in _terms(views, moment).items()}
+        terms = {name: share * value for name, value in _terms(views, plan).items()}
         torch.stack(list(terms.values())).sum().backward()
         for name, value in terms.items():
             totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
@@ -427,7 +427,7 @@ def _views(
     graph: Graph,
     x: Tensor,
     y: Tensor,
-    moment: Moments,
+    plan: StepPlan,
     settings: Settings,
     statistics: Mapping[int, Statistics] | None = None,
 ) -> Views:
@@ -435,18 +435,18 @@ def _views(
         graph,
         x,
         y,
-        settings.train_ball().scaled(moment.eps_fraction),
-        moment.generator,
-        moment.eps_fraction,
-        moment.ramp,
+        settings.train_ball().scaled(plan.eps_fraction),
+        plan.generator,
+        plan.eps_fraction,
+        plan.ramp,
         statistics,
-        note_boxes=moment.ramp < 1 and any(r.needs_boxes for r in moment.regularizers),
+        note_boxes=plan.ramp < 1 and any(r.needs_boxes for r in plan.regularizers),
     )
 
 
-def _terms(views: Views, moment: Moments) -> dict[str, Tensor]:
-    terms = {name: value.mean() for name, value in moment.objective(views).items()}
-    for regularizer in moment.regularizers:
+def _terms(views: Views, plan: StepPlan) -> dict[str, Tensor]:
+    terms = {name: value.mean() for name, value in plan.objective(views).items()}
+    for regularizer in plan.regularizers:
         terms.update(regularizer(views))
     return terms
 

@@ -32,7 +32,7 @@ from certify.graph import Graph, capture
 from robust.model import MODELS
 from robust.objective import OBJECTIVES
 from robust.settings import Settings
-from robust.trainer import Moments, step_gradients
+from robust.trainer import StepPlan, step_gradients
 
 STEPS_8 = "attack=(pgd:steps=8,step_size=0.5,unit=box,keep=last,mode=keep{})"
 OBJECTIVE_TEXTS = {
@@ -107,7 +107,7 @@ class Case:
         def run() -> None:
             self.optimizer.zero_grad()
             generator = torch.Generator(self.x.device).manual_seed(0)
-            step_gradients(self.graph, self.x, self.y, Moments(objective, [], 1.0, 1.0, generator), self.settings)
+            step_gradients(self.graph, self.x, self.y, StepPlan(objective, [], 1.0, 1.0, generator), self.settings)
 
         return run
 

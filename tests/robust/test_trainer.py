@@ -36,7 +36,7 @@ from robust.trainer import (
     LOG,
     SETTINGS,
     STATE,
-    Moments,
+    StepPlan,
     TrainingError,
     step_gradients,
     train,
@@ -287,7 +287,7 @@ def double_problem(model: str, count: int = 24) -> tuple[nn.Module, Tensor, Tens
     return net, x, torch.randint(10, (count,), generator=generator)
 
 
-def gradients(net: nn.Module, x: Tensor, y: Tensor, moment: Moments, micro_batch: int) -> list[Tensor]:
+def gradients(net: nn.Module, x: Tensor, y: Tensor, moment: StepPlan, micro_batch: int) -> list[Tensor]:
     net.zero_grad(set_to_none=True)
     settings = Settings(eps=0.05, micro_batch=micro_batch)
     step_gradients(capture(net, x[:1]), x, y, moment, settings)
@@ -298,7 +298,7 @@ def gradients(net: nn.Module, x: Tensor, y: Tensor, moment: Moments, micro_batch
 @pytest.mark.parametrize("model", ["cnn3:width=2", "cnn3:width=2,batch_norm=true"])
 def test_gradients_in_parts_are_those_of_the_whole_batch(model: str, fraction: float) -> None:
     net, x, y = double_problem(model)
-    moment = Moments(IBP(clean_weight=0.3), [], fraction, 1.0, seeded("cpu", 0))
+    moment = StepPlan(IBP(clean_weight=0.3), [], fraction, 1.0, seeded("cpu", 0))
     whole = gradients(net, x, y, moment, 0)
     for size in (1, 7, 12):
         parts = gradients(net, x, y, moment, size)
@@ -310,7 +310,7 @@ def test_gradients_in_parts_are_those_of_the_whole_batch(model: str, fraction: f
 def test_the_gradient_in_parts_includes_the_one_through_the_batch_statistics() -> None:
     """Against finite differences of the whole batch's loss in a weight below a BatchNorm layer."""
     net, x, y = double_problem("cnn3:width=2,batch_norm=true")
-    moment = Moments(IBP(clean_weight=0.3), [], 1.0, 1.0, seeded("cpu", 0))
+    moment = StepPlan(IBP(clean_weight=0.3), [], 1.0, 1.0, seeded("cpu", 0))
     gradient = gradients(net, x, y, moment, 7)[0].flatten()[3].item()
     weight = next(net.parameters()).data.view(-1)
     losses = []
@@ -328,7 +328,7 @@ def test_running_statistics_move_once_a_step_whatever_the_parts() -> None:
     found = []
     for size in (0, 5):
         net.load_state_dict({**net.state_dict(), **before})
-        gradients(net, x, y, Moments(IBP(), [], 1.0, 1.0, seeded("cpu", 0)), size)
+        gradients(net, x, y, StepPlan(IBP(), [], 1.0, 1.0, seeded("cpu", 0)), size)
         found.append({name: tensor.clone() for name, tensor in net.named_buffers()})
     assert all(torch.allclose(found[0][name], found[1][name]) for name in before)
     assert any(not torch.equal(found[0][name], before[name]) for name in before if "running" in name)
@@ -355,7 +355,7 @@ def observed(settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch) -> 
         seen.norms.append(torch.stack([p.grad.norm() for p in self.model.parameters()]).norm().item())
         return values
 
-    def noting(graph: Any, x: Tensor, y: Tensor, moment: Moments, settings: Settings) -> dict[str, Tensor]:
+    def noting(graph: Any, x: Tensor, y: Tensor, moment: StepPlan, settings: Settings) -> dict[str, Tensor]:
         seen.eps.append(moment.eps_fraction)
         seen.objectives.append(type(moment.objective).__name__)
         return gradients_of(graph, x, y, moment, settings)
