@@ -10,6 +10,7 @@ import pytest
 from robust.interruption import SIGNALS, Interruption
 
 
+@pytest.mark.usefixtures("listening")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_waits_and_the_second_does_not(number: signal.Signals) -> None:
     with Interruption() as interruption:
@@ -20,6 +21,7 @@ def test_the_first_signal_waits_and_the_second_does_not(number: signal.Signals) 
             signal.raise_signal(number)
 
 
+@pytest.mark.usefixtures("listening")
 def test_handlers_are_put_back_also_after_an_error() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(OSError, match="disk"), Interruption():

@@ -167,6 +167,7 @@ def test_a_kill_between_an_epochs_record_and_its_state_leaves_no_second_record(
     assert records(out) == records(undisturbed["adam"])
 
 
+@pytest.mark.usefixtures("listening")
 def test_ctrl_c_saves_the_state_behind_the_step_under_way(tmp_path: Path, undisturbed: dict[str, Path]) -> None:
     out = tmp_path / "run"
     threading.Timer(0.0, _when_logged, (out, signal.SIGINT)).start()
@@ -197,6 +198,7 @@ def test_other_settings_in_the_folder_are_refused_naming_what_differs(undisturbe
         train(other, undisturbed["adam"], progress=False)
 
 
+@pytest.mark.usefixtures("broken")
 def test_a_folder_in_which_nothing_was_trained_yet_takes_other_settings(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="is nan"):
         train(tiny(objective="broken_for_test:at=0"), tmp_path, progress=False)
@@ -247,7 +249,6 @@ def _stop_at_step(settings: Settings, out: Path, step: int) -> None:
 # --- what a step does
 
 
-@OBJECTIVES.register("broken_for_test")
 @dataclass(frozen=True)
 class Broken:
     """Clean loss that is NaN from one call on."""
@@ -259,6 +260,15 @@ class Broken:
         return {"clean": clean, "odd": clean * (math.nan if views.ramp >= self.at / 100 else 0.0)}
 
 
+@pytest.fixture
+def broken() -> Iterator[None]:
+    """An objective that exists for one test only, so that tests of everything registered never see it."""
+    OBJECTIVES.register("broken_for_test")(Broken)
+    yield
+    del OBJECTIVES._entries["broken_for_test"]
+
+
+@pytest.mark.usefixtures("broken")
 def test_a_loss_that_is_not_a_number_stops_the_run_with_step_term_and_advice(tmp_path: Path) -> None:
     settings = tiny(objective="broken_for_test:at=50", epochs=3, eps_schedule="linear:start=0,end=2")
     with pytest.raises(TrainingError, match=r"^step 11: odd is nan\. Try a lower learning rate, .*clip_norm"):

@@ -184,9 +184,9 @@ def test_boxes_of_every_propagation_are_noted_on_request_only(model):
     stretches = oracle.segments(model, oracle.clean_pass(model, x)[1])
     expected = oracle.hidden_boxes(stretches, *oracle.pixel_box(x, EPS))[:-1]
     assert len(bounded.boxes) == len(expected)
-    for (lb, ub), (low, high) in zip(bounded.boxes.values(), expected, strict=True):
-        torch.testing.assert_close(lb.flatten(1), low)
-        torch.testing.assert_close(ub.flatten(1), high)
+    for box, (low, high) in zip(bounded.boxes.values(), expected, strict=True):
+        torch.testing.assert_close(box.lb.flatten(1), low)
+        torch.testing.assert_close(box.ub.flatten(1), high)
 
 
 def test_a_network_that_does_not_end_in_a_dense_layer_is_refused():
