@@ -19,11 +19,13 @@ class Verifier(Protocol):
     Class facts:
         sound: a certified example has no adversarial point (`certify.precision` says what that means for rounding).
         complete: with enough time every example is decided.
+        falsifies: it looks for adversarial points, too.
         norms: threat models that it accepts.
     """
 
     sound: ClassVar[bool]
     complete: ClassVar[bool]
+    falsifies: ClassVar[bool]
     norms: ClassVar[tuple[str, ...]]
 
     def __call__(

@@ -22,38 +22,25 @@ from typing import Any, NoReturn
 import torch
 
 from attacks.attack import ATTACKS
-from attacks.registry import Registry, number
+from attacks.registry import number
 from attacks.threat import Ball, make_ball
 from certify.verifier import VERIFIERS
 from robust.checkpoint import Checkpoint, CheckpointError, load, load_state_dict_file
-from robust.dataset import DATASETS, DataSet, MissingData, data_root, parse_dataset
+from robust.dataset import DataSet, MissingData, data_root, parse_dataset
 from robust.eps_curve import EpsCurve, eps_curve
 from robust.evaluate import evaluate
 from robust.files import FileInUse
-from robust.hook import HOOKS
 from robust.images import Images
+from robust.listing import KINDS, print_methods, print_recipes
 from robust.model import MODELS
-from robust.objective import OBJECTIVES
-from robust.optimizer import OPTIMIZERS
-from robust.regularizer import REGULARIZERS
-from robust.report import ROWS_FILE, Report
+from robust.report import ROWS_FILE, Rate, Report
 from robust.report_folder import write_report
 from robust.report_sources import SOURCES_FILE, Sources
+from robust.run_setup import CHECKPOINT, LOG, STATE, TrainingError, check_texts, refuse_other_settings
 from robust.schedule import SCHEDULES
-from robust.settings import Recipe, Settings, load_recipe, recipe_names
-from robust.trainer import CHECKPOINT, LOG, STATE, TrainingError, check_texts, refuse_other_settings, train
+from robust.settings import Settings, load_recipe
+from robust.trainer import train
 
-KINDS: dict[str, Registry] = {
-    "models": MODELS,
-    "data": DATASETS,
-    "objectives": OBJECTIVES,
-    "attacks": ATTACKS,
-    "verifiers": VERIFIERS,
-    "regularizers": REGULARIZERS,
-    "hooks": HOOKS,
-    "schedules": SCHEDULES,
-    "optimizers": OPTIMIZERS,
-}
 USER_ERRORS = (ValueError, OSError, TrainingError, FileInUse)
 """Errors whose message is meant for the user: one line, without the traceback that --debug shows."""
 
@@ -424,70 +411,22 @@ def _report(options: argparse.Namespace) -> None:
 def _summary_lines(report: Report) -> str:
     summary = report.summary()
     lines = []
-    rates = [("clean", summary.rates.clean), ("under attack", summary.rates.under_attack)]
-    if report.verified:
-        rates.append(("certified", summary.rates.certified))
-    for name, rate in rates:
+    for name in reversed(report.measured()):
+        rate: Rate = getattr(summary.rates, name)
         low, high = rate.interval
         lines.append(
-            f"{name:>12}: {100 * rate.fraction:6.2f} %   ({rate.count} of {rate.total}; "
+            f"{name.replace('_', ' '):>12}: {100 * rate.fraction:6.2f} %   ({rate.count} of {rate.total}; "
             f"95 % interval {100 * low:.2f} to {100 * high:.2f})"
         )
     return "\n".join(lines)
 
 
 def _methods(options: argparse.Namespace) -> None:
-    for kind, registry in KINDS.items():
-        if options.kind in (None, kind):
-            print(f"{kind}:")
-            for name in registry.names():
-                entry = registry[name]
-                first = (inspect.getdoc(entry) or "").split("\n\n")[0].replace("\n", " ")
-                print(textwrap.fill(f"{name}  {first}", 110, initial_indent="  ", subsequent_indent="      "))
-                fields = [_field_text(registry, entry, field) for field in dataclasses.fields(entry) if field.init]
-                if fields:
-                    text = "fields: " + ", ".join(fields)
-                    print(textwrap.fill(text, 110, initial_indent="      ", subsequent_indent="        "))
-
-
-def _field_text(registry: Registry, entry: Any, field: Any) -> str:
-    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-        return f"{field.name} (required)"
-    nested = field.metadata.get("registry")
-    if nested is not None and field.default is not None:
-        return f"{field.name}=({nested.spell(field.default)})"
-    return f"{field.name}={_plain(field.default)}"
-
-
-def _plain(value: Any) -> str:
-    """A field's value as a method's text has it."""
-    if value is None or isinstance(value, bool):
-        return "none" if value is None else str(value).lower()
-    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    print_methods(options.kind)
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    if options.name is not None:
-        recipe = load_recipe(options.name)
-        print(recipe.title)
-        for name, value in recipe.settings.to_dict().items():
-            print(f"  {name} = {value!r}")
-        if recipe.note:
-            print(textwrap.fill(recipe.note, 110, initial_indent="  note: ", subsequent_indent="        "))
-        print(f"  published: {_published(recipe)}")
-        print(f"  train it: robust train --recipe {options.name}")
-        return
-    for name in recipe_names():
-        recipe = load_recipe(name)
-        print(f"{name:<44} {_published(recipe)}")
-
-
-def _published(recipe: Recipe) -> str:
-    row = recipe.published
-    if row is None:
-        return "-"
-    numbers = [f"{kind} {value}" for kind, value in (("clean", row.clean), ("certified", row.certified)) if value]
-    return f"{', '.join(numbers) or 'no figure'}   [{row.source}]"
+    print_recipes(options.name)
 
 
 def _typed(name: str, text: Any) -> Any:

@@ -89,6 +89,7 @@ def evaluate(
         "ball": ball_facts(ball),
         "verifier": describe(VERIFIERS, verifier),
         "attack": describe(ATTACKS, attack),
+        "searched": attack is not None or getattr(verifier, "falsifies", True),
         "batch_size": batch_size,
         "device": _device_name(_device(model)),
         "versions": versions(),

@@ -77,10 +77,10 @@ def duration(seconds: float) -> str:
 def _headline(report: Report, summary: Summary) -> str:
     cards = [
         ("certified", "Certified accuracy", summary.rates.certified, "proved: no point of the ball changes the class"),
-        ("attack", "Accuracy under attack", summary.rates.under_attack, "no point found that changes the class"),
+        ("under_attack", "Accuracy under attack", summary.rates.under_attack, "no point found that changes the class"),
         ("clean", "Clean accuracy", summary.rates.clean, "without perturbation"),
     ]
-    shown = cards if report.verified else cards[1:]
+    shown = [card for card in cards if card[0] in report.measured()]
     return f'<section class="cards">{"".join(_card(*card) for card in shown)}</section>'
 
 
@@ -190,23 +190,26 @@ def _stage_table(summary: Summary) -> str:
 def _class_table(report: Report, summary: Summary) -> str:
     if not summary.classes:
         return ""
-    first = 0 if report.verified else 2
     rows = [
-        (_text(class_name(report, label)), *_cells(rates)[first:], str(rates.clean.total))
+        (_text(class_name(report, label)), *_cells(report, rates), str(rates.clean.total))
         for label, rates in summary.classes.items()
     ]
-    heads = ("class", *("certified", "95 % interval", "under attack", "clean")[first:], "examples")
+    words = {"certified": ("certified", "95 % interval"), "under_attack": ("under attack",), "clean": ("clean",)}
+    heads = ("class", *(word for name in report.measured() for word in words[name]), "examples")
     return f"<section><h2>Per class</h2>{_table(heads, rows)}</section>"
 
 
-def _cells(rates: Rates) -> tuple[str, str, str, str]:
-    low, high = rates.certified.interval
-    return (
-        f"<strong>{percent(rates.certified.fraction)}</strong>",
-        f"{100 * low:.1f} to {100 * high:.1f}",
-        percent(rates.under_attack.fraction),
-        percent(rates.clean.fraction),
-    )
+def _cells(report: Report, rates: Rates) -> list[str]:
+    cells = []
+    for name in report.measured():
+        rate: Rate = getattr(rates, name)
+        low, high = rate.interval
+        cells += (
+            [f"<strong>{percent(rate.fraction)}</strong>", f"{100 * low:.1f} to {100 * high:.1f}"]
+            if name == "certified"
+            else [percent(rate.fraction)]
+        )
+    return cells
 
 
 def _header_table(header: Mapping[str, Any]) -> str:
@@ -298,7 +301,7 @@ code {
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1rem; }
 .card { background: var(--panel); border-radius: .5rem; padding: 1rem 1.1rem; border-top: .3rem solid var(--clean); }
 .card.certified { border-color: var(--certified); }
-.card.attack { border-color: var(--attack); }
+.card.under_attack { border-color: var(--attack); }
 .card h2 { font-size: 1rem; font-weight: 600; margin: 0; }
 .card p { margin: 0; }
 .number { font-size: 2.2rem; font-weight: 700; line-height: 1.3; font-variant-numeric: tabular-nums; }

@@ -115,7 +115,8 @@ def per_class(report: Report, theme: Theme = LIGHT) -> Figure:
     shown = sorted(shown) if len(shown) == len(classes) else shown
     figure, (axes,) = _figure(theme, 5.4, 1.1 + 0.34 * max(len(shown), 2))
     position = np.arange(len(shown))
-    for (name, word, _), height in zip(LINES[: 3 if report.verified else 2], (0.78, 0.5, 0.22), strict=False):
+    lines = [line for line in LINES if line[0] in report.measured()]
+    for (name, word, _), height in zip(lines, (0.78, 0.5, 0.22), strict=False):
         values = [getattr(classes[label], name).fraction for label in shown]
         axes.barh(position, values, height, color=getattr(theme, name), label=word)
     axes.set_yticks(position, [_shorten(class_name(report, label), 18) for label in shown])

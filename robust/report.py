@@ -222,6 +222,16 @@ class Report:
         """Whether a verifier ran; without one, nothing is certified because nobody tried."""
         return self.header.get("verifier", "") is not None
 
+    @property
+    def searched(self) -> bool:
+        """Whether anything looked for adversarial points: an attack, or a verifier that falsifies."""
+        return bool(self.header.get("searched", True))
+
+    def measured(self) -> list[str]:
+        """Names of the rates that this evaluation measured, least first."""
+        names = {"certified": self.verified, "under_attack": self.searched, "clean": True}
+        return [name for name, known in names.items() if known]
+
     def summary(self) -> Summary:
         """Rates with counts and intervals; defined for an empty report, too."""
         labels = sorted({row.label for row in self.rows})

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import json
 import math
 import time
@@ -23,39 +22,37 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from certify.graph import Graph, capture
-from certify.ops.batch_norm import Statistics
+from certify.graph import capture
 from certify.verifier import VERIFIERS
 from robust.batch_norm import has_batch_norm, reestimate_statistics
 from robust.checkpoint import Checkpoint, load
-from robust.dataset import DataSet, parse_dataset
+from robust.dataset import DataSet
 from robust.files import JsonLines, write_whole
 from robust.hook import HOOKS, Active, Moment
-from robust.initialization import initialize_
 from robust.interruption import Interruption
-from robust.model import MODELS
 from robust.objective import OBJECTIVES
 from robust.objectives.natural import Natural
 from robust.optimizer import OPTIMIZERS
 from robust.regularizer import REGULARIZERS
+from robust.run_setup import (
+    BEST,
+    CHECKPOINT,
+    LOG,
+    SETTINGS,
+    STATE,
+    TrainingError,
+    build_model,
+    check_texts,
+    refuse_other_settings,
+    training_data,
+)
 from robust.schedule import SCHEDULES, ramp_progress
 from robust.seeds import seeded
 from robust.settings import Settings
+from robust.step import StepPlan, step_gradients
 from robust.tensor_file import CheckpointError, load_tensors, save_tensors
-from robust.views import Views
 
-STATE, BEST, CHECKPOINT, LOG, SETTINGS = (
-    "state.safetensors",
-    "best.safetensors",
-    "checkpoint.safetensors",
-    "log.jsonl",
-    "settings.json",
-)
 VALIDATION_BATCH = 250
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot start or go on; the message says where and what to do."""
 
 
 @dataclass
@@ -382,82 +379,6 @@ class _Run:
         self.progress = Progress(**metadata["progress"])
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """What one step needs besides model and images: loss, regularisers, schedules' values and randomness."""
-
-    objective: Any
-    regularizers: list[Any]
-    eps_fraction: float
-    ramp: float
-    generator: torch.Generator
-
-
-def step_gradients(graph: Graph, x: Tensor, y: Tensor, plan: StepPlan, settings: Settings) -> dict[str, Tensor]:
-    """Add the gradients of a batch's loss to the parameters; the terms' batch means.
-
-    With `settings.micro_batch` the images are attacked and bounded in parts. BatchNorm statistics are those of the
-    whole batch all the same, and the gradient through them is exact: the parts' gradients in the statistics are
-    collected and sent through the clean pass once.
-    """
-    if not 0 < settings.micro_batch < len(x):
-        views = _views(graph, x, y, plan, settings)
-        terms = _terms(views, plan)
-        torch.stack(list(terms.values())).sum().backward()
-        return {name: value.detach() for name, value in terms.items()}
-    statistics = graph.forward_train(x)[1] if graph.has_batch_norm else {}
-    leaves = {place: Statistics(*(t.detach().requires_grad_() for t in pair)) for place, pair in statistics.items()}
-    totals: dict[str, Tensor] = {}
-    for start in range(0, len(x), settings.micro_batch):
-        part = slice(start, start + settings.micro_batch)
-        views = _views(graph, x[part], y[part], plan, settings, leaves)
-        share = len(views.x) / len(x)
-        terms = {name: share * value for name, value in _terms(views, plan).items()}
-        torch.stack(list(terms.values())).sum().backward()
-        for name, value in terms.items():
-            totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
-    pairs = [(t, leaf) for place, pair in statistics.items() for t, leaf in zip(pair, leaves[place], strict=True)]
-    used = [(t, leaf.grad) for t, leaf in pairs if leaf.grad is not None]
-    if used:
-        torch.autograd.backward([t for t, _ in used], [grad for _, grad in used])
-    return totals
-
-
-def _views(
-    graph: Graph,
-    x: Tensor,
-    y: Tensor,
-    plan: StepPlan,
-    settings: Settings,
-    statistics: Mapping[int, Statistics] | None = None,
-) -> Views:
-    return Views(
-        graph,
-        x,
-        y,
-        settings.train_ball().scaled(plan.eps_fraction),
-        plan.generator,
-        plan.eps_fraction,
-        plan.ramp,
-        statistics,
-        note_boxes=plan.ramp < 1 and any(r.needs_boxes for r in plan.regularizers),
-    )
-
-
-def _terms(views: Views, plan: StepPlan) -> dict[str, Tensor]:
-    terms = {name: value.mean() for name, value in plan.objective(views).items()}
-    for regularizer in plan.regularizers:
-        terms.update(regularizer(views))
-    return terms
-
-
-def build_model(settings: Settings, data: DataSet) -> nn.Module:
-    """The run's network with its starting weights."""
-    model = MODELS.parse(settings.model)(data.input_shape, len(data.classes), data.mean, data.std)
-    initialize_(model, settings.init, seeded("cpu", settings.seed, "weights"))
-    return model
-
-
 def validate(
     model: nn.Module, data: DataSet, settings: Settings, verifier: Any, device: torch.device
 ) -> dict[str, float]:
@@ -471,67 +392,6 @@ def validate(
             right += verdict.status != "misclassified"
             certified += verdict.status == "certified"
     return {"clean": 100 * right / count, "certified": 100 * certified / count}
-
-
-def check_texts(settings: Settings) -> None:
-    """Raise UnknownName or ValueError where a text of the settings spells no method, before anything is read."""
-    parse_dataset(settings.data)
-    for registry, texts in (
-        (MODELS, [settings.model]),
-        (OBJECTIVES, [settings.objective]),
-        (VERIFIERS, [settings.validator]),
-        (OPTIMIZERS, [settings.optimizer]),
-        (SCHEDULES, [settings.eps_schedule, settings.lr_schedule]),
-        (REGULARIZERS, settings.regularizers),
-        (HOOKS, settings.hooks),
-    ):
-        for text in texts:
-            registry.parse(text)
-
-
-def training_data(settings: Settings, root: Path | None) -> DataSet:
-    """The run's data set, whose test images are the validation images where there are any.
-
-    Raises:
-        TrainingError: too few training images, or a share of them that is no image.
-    """
-    data = parse_dataset(settings.data)(root)
-    count = len(data.train)
-    if count < 2:
-        raise TrainingError(f"{settings.data}: no training images (a folder needs train/, an archive x_train)")
-    crop = data.augmentation.crop_size if data.augmentation is not None else None
-    if settings.validation:
-        data = data.split(settings.validation, settings.seed)
-        if len(data.train) < 2 or not len(data.test):
-            raise TrainingError(
-                f"validation={settings.validation} of {count} images leaves {len(data.train)} to train on and "
-                f"{len(data.test)} to validate with; both are needed"
-            )
-    if crop is not None and not settings.augment:
-        # The augmentation would have cut the images to the model's input.
-        data = dataclasses.replace(data, train=data.train.center_crop(crop))
-    return data
-
-
-def refuse_other_settings(settings: Settings, out: Path) -> None:
-    """TrainingError where `out` holds work of a run with other settings."""
-    path = out / SETTINGS
-    log = out / LOG
-    worked = (out / STATE).exists() or (out / CHECKPOINT).exists() or (log.exists() and log.stat().st_size > 0)
-    if not path.exists() or not worked:
-        return
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        stored = Settings.from_dict(there).to_dict()
-    except (ValueError, AttributeError) as error:
-        raise TrainingError(f"{path} holds no settings of this suite ({error}); choose another folder") from None
-    changed = [
-        f"{name}: {stored[name]!r} there, {value!r} now"
-        for name, value in settings.to_dict().items()
-        if stored[name] != value
-    ]
-    if changed:
-        raise TrainingError(f"{out} holds a run with other settings ({'; '.join(changed)}); choose another folder")
 
 
 def _restore_hook(hook: Active, state: dict[str, Tensor], device: torch.device) -> None:

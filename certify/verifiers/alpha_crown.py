@@ -40,6 +40,7 @@ class AlphaCROWN:
 
     sound: ClassVar[bool] = True
     complete: ClassVar[bool] = False
+    falsifies: ClassVar[bool] = False
     norms: ClassVar[tuple[str, ...]] = NORMS
 
     def __call__(

@@ -47,6 +47,7 @@ class Cascade:
 
     sound: ClassVar[bool] = True
     complete: ClassVar[bool] = False
+    falsifies: ClassVar[bool] = True
     norms: ClassVar[tuple[str, ...]] = NORMS
 
     def __call__(

@@ -35,6 +35,7 @@ class CROWN:
 
     sound: ClassVar[bool] = True
     complete: ClassVar[bool] = False
+    falsifies: ClassVar[bool] = False
     norms: ClassVar[tuple[str, ...]] = NORMS
 
     def __call__(

@@ -34,6 +34,7 @@ class CROWNIBP:
 
     sound: ClassVar[bool] = True
     complete: ClassVar[bool] = False
+    falsifies: ClassVar[bool] = False
     norms: ClassVar[tuple[str, ...]] = NORMS
 
     def __call__(

@@ -33,6 +33,7 @@ class IBP:
 
     sound: ClassVar[bool] = True
     complete: ClassVar[bool] = False
+    falsifies: ClassVar[bool] = False
     norms: ClassVar[tuple[str, ...]] = NORMS
 
     def __call__(

@@ -32,7 +32,7 @@ from certify.graph import Graph, capture
 from robust.model import MODELS
 from robust.objective import OBJECTIVES
 from robust.settings import Settings
-from robust.trainer import StepPlan, step_gradients
+from robust.step import StepPlan, step_gradients
 
 STEPS_8 = "attack=(pgd:steps=8,step_size=0.5,unit=box,keep=last,mode=keep{})"
 OBJECTIVE_TEXTS = {

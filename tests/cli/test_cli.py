@@ -18,7 +18,8 @@ import torch
 
 from robust import cli
 from robust.checkpoint import load
-from robust.cli import KINDS, main
+from robust.cli import main
+from robust.listing import KINDS
 from robust.settings import Settings, load_recipe, recipe_names
 from robust.trainer import train
 from tests.robust.runs import start, stop_once

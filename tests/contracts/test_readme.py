@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from robust.cli import KINDS, main
+from robust.cli import main
+from robust.listing import KINDS
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 TABLE_KINDS = {

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 
 from attacks.registry import Registry
-from robust.cli import KINDS
+from robust.listing import KINDS
 
 METHODS = [(kind, name) for kind, registry in KINDS.items() for name in registry.names() if not name.endswith("_test")]
 

@@ -14,9 +14,10 @@ import torch
 
 import robust
 from robust.files import read_json_lines
+from robust.run_setup import CHECKPOINT, LOG, STATE
 from robust.settings import Settings
 from robust.tensor_file import load_tensors
-from robust.trainer import CHECKPOINT, LOG, STATE, train
+from robust.trainer import train
 
 REPOSITORY = Path(robust.__file__).parents[1]
 TIMES = ("seconds", "images_per_second")

@@ -134,3 +134,13 @@ def test_fractions_are_written_so_that_nearly_all_is_not_all(value: float, text:
 
 def test_times_are_written_in_fitting_units() -> None:
     assert [duration(s) for s in (0.0123, 5.0, 300.0, 36000.0)] == ["12.3 ms", "5 s", "5.0 min", "10.0 h"]
+
+
+def test_a_report_of_bounds_alone_claims_nothing_about_attacks(tmp_path: Path) -> None:
+    rows = tuple(row for row in report().rows if row.status == "certified")
+    bounded = Report({**HEADER, "searched": False}, rows)
+    assert bounded.measured() == ["certified", "clean"]
+    page = html_page(bounded)
+    assert "Accuracy under attack" not in page
+    assert "Certified accuracy" in page
+    assert "Accuracy under attack" in html_page(Report({**HEADER, "searched": True}, rows))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certify.graph import capture
-from robust import trainer
+from robust import run_setup, trainer
 from robust.dataset import DATASETS, DataSet
 from robust.files import FileInUse, JsonLines
 from robust.hook import HOOKS
@@ -27,21 +27,13 @@ from robust.images import MemoryImages
 from robust.model import MODELS
 from robust.objective import OBJECTIVES, cross_entropy
 from robust.objectives.ibp import IBP
+from robust.run_setup import CHECKPOINT, LOG, SETTINGS, STATE, TrainingError, training_data
 from robust.schedule import SCHEDULES
 from robust.seeds import seeded
 from robust.settings import Settings
+from robust.step import StepPlan, step_gradients
 from robust.tensor_file import load_tensors
-from robust.trainer import (
-    CHECKPOINT,
-    LOG,
-    SETTINGS,
-    STATE,
-    StepPlan,
-    TrainingError,
-    step_gradients,
-    train,
-    training_data,
-)
+from robust.trainer import train
 from robust.views import Views
 from tests.robust.runs import RUN, records, same, start, state_step, stop_once, tiny, trained, weights
 
@@ -422,7 +414,7 @@ def test_validation_images_are_none_of_the_training_images_and_the_test_set_is_n
         subset = center_crop = to = split = batch  # type: ignore[assignment]
 
     hidden = DataSet(**{**vars(digits), "test": Untouchable(digits.test.pixels, digits.test.labels)})  # type: ignore[attr-defined]
-    monkeypatch.setattr(trainer, "parse_dataset", lambda text: lambda root: hidden)
+    monkeypatch.setattr(run_setup, "parse_dataset", lambda text: lambda root: hidden)
     for validation in (0.0, 0.2):
         train(tiny(validation=validation, epochs=1, select="last"), tmp_path / str(validation), progress=False)
     data = training_data(tiny(validation=0.2), None)
@@ -465,11 +457,11 @@ def test_a_last_batch_of_one_image_takes_another_one_along(tmp_path: Path, monke
 def test_a_data_set_without_enough_training_images_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     digits = DATASETS.parse("digits")(None)
     small = DataSet(**{**vars(digits), "train": digits.train.subset(torch.arange(4))})
-    monkeypatch.setattr(trainer, "parse_dataset", lambda text: lambda root: small)
+    monkeypatch.setattr(run_setup, "parse_dataset", lambda text: lambda root: small)
     with pytest.raises(TrainingError, match=r"validation=0\.1 of 4 images leaves 4 to train on and 0 to validate with"):
         training_data(tiny(validation=0.1), None)
     empty = DataSet(**{**vars(digits), "train": digits.train.subset(torch.arange(0))})
-    monkeypatch.setattr(trainer, "parse_dataset", lambda text: lambda root: empty)
+    monkeypatch.setattr(run_setup, "parse_dataset", lambda text: lambda root: empty)
     with pytest.raises(TrainingError, match="digits: no training images"):
         training_data(tiny(), None)
 
@@ -479,7 +471,7 @@ def test_without_augmentation_images_are_still_cut_to_the_models_input(monkeypat
 
     digits = DATASETS.parse("digits")(None)
     cut = DataSet(**{**vars(digits), "augmentation": Augmentation(crop_size=6), "input_shape": (1, 6, 6)})
-    monkeypatch.setattr(trainer, "parse_dataset", lambda text: lambda root: cut)
+    monkeypatch.setattr(run_setup, "parse_dataset", lambda text: lambda root: cut)
     for validation in (0.0, 0.1):
         data = training_data(tiny(augment=False, validation=validation), None)
         assert data.train.batch(torch.arange(2))[0].shape == (2, 1, 6, 6)

@@ -1,0 +1,101 @@
+"""What a training run starts from: its folder's names, its data and model, and the checks before anything is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from torch import nn
+
+from certify.verifier import VERIFIERS
+from robust.dataset import DataSet, parse_dataset
+from robust.hook import HOOKS
+from robust.initialization import initialize_
+from robust.model import MODELS
+from robust.objective import OBJECTIVES
+from robust.optimizer import OPTIMIZERS
+from robust.regularizer import REGULARIZERS
+from robust.schedule import SCHEDULES
+from robust.seeds import seeded
+from robust.settings import Settings
+
+STATE, BEST, CHECKPOINT, LOG, SETTINGS = (
+    "state.safetensors",
+    "best.safetensors",
+    "checkpoint.safetensors",
+    "log.jsonl",
+    "settings.json",
+)
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot start or go on; the message says where and what to do."""
+
+
+def build_model(settings: Settings, data: DataSet) -> nn.Module:
+    """The run's network with its starting weights."""
+    model = MODELS.parse(settings.model)(data.input_shape, len(data.classes), data.mean, data.std)
+    initialize_(model, settings.init, seeded("cpu", settings.seed, "weights"))
+    return model
+
+
+def check_texts(settings: Settings) -> None:
+    """Raise UnknownName or ValueError where a text of the settings spells no method, before anything is read."""
+    parse_dataset(settings.data)
+    for registry, texts in (
+        (MODELS, [settings.model]),
+        (OBJECTIVES, [settings.objective]),
+        (VERIFIERS, [settings.validator]),
+        (OPTIMIZERS, [settings.optimizer]),
+        (SCHEDULES, [settings.eps_schedule, settings.lr_schedule]),
+        (REGULARIZERS, settings.regularizers),
+        (HOOKS, settings.hooks),
+    ):
+        for text in texts:
+            registry.parse(text)
+
+
+def training_data(settings: Settings, root: Path | None) -> DataSet:
+    """The run's data set, whose test images are the validation images where there are any.
+
+    Raises:
+        TrainingError: too few training images, or a share of them that is no image.
+    """
+    data = parse_dataset(settings.data)(root)
+    count = len(data.train)
+    if count < 2:
+        raise TrainingError(f"{settings.data}: no training images (a folder needs train/, an archive x_train)")
+    crop = data.augmentation.crop_size if data.augmentation is not None else None
+    if settings.validation:
+        data = data.split(settings.validation, settings.seed)
+        if len(data.train) < 2 or not len(data.test):
+            raise TrainingError(
+                f"validation={settings.validation} of {count} images leaves {len(data.train)} to train on and "
+                f"{len(data.test)} to validate with; both are needed"
+            )
+    if crop is not None and not settings.augment:
+        # The augmentation would have cut the images to the model's input.
+        data = dataclasses.replace(data, train=data.train.center_crop(crop))
+    return data
+
+
+def refuse_other_settings(settings: Settings, out: Path) -> None:
+    """TrainingError where `out` holds work of a run with other settings."""
+    path = out / SETTINGS
+    log = out / LOG
+    worked = (out / STATE).exists() or (out / CHECKPOINT).exists() or (log.exists() and log.stat().st_size > 0)
+    if not path.exists() or not worked:
+        return
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        stored = Settings.from_dict(there).to_dict()
+    except (ValueError, AttributeError) as error:
+        raise TrainingError(f"{path} holds no settings of this suite ({error}); choose another folder") from None
+    changed = [
+        f"{name}: {stored[name]!r} there, {value!r} now"
+        for name, value in settings.to_dict().items()
+        if stored[name] != value
+    ]
+    if changed:
+        raise TrainingError(f"{out} holds a run with other settings ({'; '.join(changed)}); choose another folder")
