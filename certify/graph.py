@@ -130,7 +130,10 @@ class Graph:
         return Snapshot(tuple(nodes))
 
     def forward_train(self, x: Tensor) -> tuple[Tensor, dict[int, Statistics]]:
-        """Training-mode forward pass: (logits, differentiable batch statistics by step); updates running statistics."""
+        """Training-mode forward pass: (logits, differentiable batch statistics by step).
+
+        BatchNorm updates its running statistics as in the model's own training mode; Dropout does nothing.
+        """
         values: list[Any] = [x]
         statistics: dict[int, Statistics] = {}
         last_use = {i: place for place, step in enumerate(self.steps) for i in step.inputs}

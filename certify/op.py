@@ -73,6 +73,10 @@ class Op:
         """
         raise NotImplementedError
 
+    def loose(self, box: AnyBox) -> Tensor:
+        """Numbers of an input for which tighter bounds would tighten this op; bool `[B, *in]`. Affine ops have none."""
+        return box.ub > box.lb
+
 
 class AffineOp(Op):
     """An affine map of one input: `forward`, `absolute` (|W| r), `transpose` (A W) and `constant` (A b)."""
@@ -114,10 +118,6 @@ class Activation(Op):
     def default_alpha(self, box: AnyBox) -> Tensor:
         """The choice that `lines` makes without `alpha`, `[free, B, *shape]`."""
         raise NotImplementedError
-
-    def loose(self, box: AnyBox) -> Tensor:
-        """Neurons whose relaxation is not exact, so that tighter bounds would help; bool `[B, *shape]`."""
-        return box.ub > box.lb
 
     def interval(self, *inputs: Interval) -> Interval:
         (box,) = inputs

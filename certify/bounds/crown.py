@@ -14,10 +14,9 @@ from torch import Tensor
 
 from certify.graph import Snapshot
 from certify.interval import Interval
-from certify.op import Activation, AnyBox, Box, Op
+from certify.op import AnyBox, Box, Op
 from certify.ops import affine
 from certify.ops.affine import Pad, Scale
-from certify.ops.max_pool import MaxPool2d
 from certify.ops.relu import ReLU
 from certify.ops.reshape import Identity, Permute, Reshape
 from certify.region import Region
@@ -165,7 +164,7 @@ def loose_mask(snapshot: Snapshot, place: int, box: AnyBox) -> Tensor:
     """Neurons of a node whose tighter bounds would help some op that reads it."""
     mask = torch.zeros_like(box.lb, dtype=torch.bool)
     for node in snapshot.nodes:
-        if place in node.inputs and isinstance(node.op, Activation | MaxPool2d):
+        if place in node.inputs and not node.op.is_linear:
             mask |= node.op.loose(box)
     return mask
 

@@ -33,10 +33,6 @@ class MaxPool2d(Op):
         (box,) = inputs
         return Interval.from_box(self.forward(box.lb), self.forward(box.ub))
 
-    def loose(self, box: AnyBox) -> Tensor:
-        """Inputs whose tighter bounds could help: all that are not points; bool `[B, C, H, W]`."""
-        return box.ub > box.lb
-
     def backward(
         self, A: Tensor, boxes: Sequence[AnyBox | None], alpha: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
