@@ -6,7 +6,6 @@ cd "$root" || exit 1
 venv=${ROBUST_VENV:-$root/.venv}
 python=$venv/bin/python
 stamp=$venv/.robust-installed
-wanted=$(cat setup.py pyproject.toml | sha256sum | cut -d' ' -f1)
 
 if [ ! -x "$python" ]; then
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -15,6 +14,7 @@ if [ ! -x "$python" ]; then
     }
     "${PYTHON:-python3}" -m venv "$venv"
 fi
+wanted=$("$python" -c 'import hashlib; print(hashlib.sha256(open("setup.py", "rb").read()).hexdigest())')
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing the suite into $venv (downloads PyTorch the first time) ..."
     "$python" -m pip install --quiet --disable-pip-version-check --editable '.[test]'

@@ -10,4 +10,4 @@ if [ $# -eq 0 ]; then
     set -- -m "not slow"
 fi
 # One worker a core, one thread a worker: the small nets of the tests gain nothing from more.
-OMP_NUM_THREADS=1 exec "$python" -m pytest -n "$(nproc)" --dist worksteal "$@"
+OMP_NUM_THREADS=1 exec "$python" -m pytest -n auto --dist worksteal "$@"
