@@ -275,7 +275,7 @@ class _Capture:
             layer = self.model.get_submodule(str(node.target))
             module_rule = RULES.for_module(layer)
             if module_rule is None:
-                raise self._unsupported(node, f"nn.{type(layer).__name__}")
+                raise self._unsupported(node, f"nn.{type(layer).__name__} at {node.target}")
             chosen = module_rule
             call = self._as_call(node, tuple(value.shape[1:]))
             build: Callable[[], Op] = lambda: chosen(layer, call)  # noqa: E731
