@@ -39,7 +39,8 @@ class Settings:
     batch_size: int = 128
     """Images per optimiser step."""
     micro_batch: int = 0
-    """Images that are attacked and bounded at a time, for less memory; BatchNorm statistics stay the whole batch's.
+    """Images that are attacked and bounded at a time, for less memory; BatchNorm statistics stay the whole batch's,
+    but terms that are no means of examples (exp_ibp, taps, staps, the regulariser shi) are taken of each part.
     0 is the whole batch."""
     optimizer: str = "adam:lr=0.0005"
     """Optimiser."""
