@@ -25,6 +25,7 @@ from attacks.attack import ATTACKS
 from attacks.registry import number
 from attacks.threat import Ball, make_ball
 from certify.verifier import VERIFIERS
+from robust.allocator import keep_freed_memory
 from robust.checkpoint import Checkpoint, CheckpointError, load, load_state_dict_file
 from robust.dataset import DataSet, MissingData, data_root, parse_dataset
 from robust.eps_curve import EpsCurve, eps_curve
@@ -80,6 +81,7 @@ A run that was interrupted or killed goes on when the same command is given agai
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 for success, 2 for a mistake in what was asked for, 130 for an interruption."""
     options = _parse(arguments)
+    keep_freed_memory()
     try:
         options.run(options)
         sys.stdout.flush()

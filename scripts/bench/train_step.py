@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from certify.graph import Graph, capture
+from robust.allocator import keep_freed_memory
 from robust.model import MODELS
 from robust.objective import OBJECTIVES
 from robust.settings import Settings
@@ -189,6 +190,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cpu":
         torch.set_num_threads(1)
+    keep_freed_memory()  # as the command line does
     if options.memory_of:
         print(memory_of_one_step(options.net, options.memory_of))
     elif options.memory:
