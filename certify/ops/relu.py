@@ -96,7 +96,7 @@ class _ReLUInterval(torch.autograd.Function):
         center, radius = ctx.saved_tensors
         d_center, d_radius = torch.empty_like(center), torch.empty_like(center)
         for b in blocks(center):
-            upper = _where_positive(grads[0][b] + grads[1][b], center[b] + radius[b])
+            upper = _where_positive(grads[0][b] + grads[1][b], center[b])  # center > 0 exactly where ub > 0
             lower = _where_positive(grads[0][b] - grads[1][b], center[b] - radius[b])
             middle = torch.lerp(lower, upper, 0.5, out=d_center[b])
             torch.sub(middle, lower, out=d_radius[b])
