@@ -8,16 +8,17 @@ import sys
 import pytest
 
 PROGRAM = """
-import resource, sys
+import ctypes, resource, sys
 import torch
-from robust.allocator import keep_freed_memory
+from robust.allocator import MMAP_THRESHOLD, keep_freed_memory
+torch.set_num_threads(1)
+# The worst default: every large block is mapped anew and unmapped when it is freed.
+assert ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 128 * 1024)
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-torch.set_num_threads(1)
 def work():
-    # Two blocks at once, freed together: glibc's default gives such a top of the heap back.
     first, second = torch.ones(3_000_000), torch.ones(3_000_000)
-for _ in range(3):
+for _ in range(10):
     work()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(50):
@@ -32,5 +33,7 @@ def test_repeated_large_tensors_cost_no_new_pages() -> None:
         command = [sys.executable, "-c", PROGRAM, mode]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    assert faults("keep") < 100
-    assert faults("keep") < faults("leave")
+    # Pages may be small or huge, so only the two counts compare.
+    left = faults("leave")
+    assert left >= 100
+    assert faults("keep") < 0.2 * left
