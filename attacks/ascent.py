@@ -40,17 +40,19 @@ class Task:
         ball: threat model around x.
         owner: where several rows attack the same example (one per target), the number of that example, [B]; the first
             row that succeeds ends them all.
+        pace: factor on the steps of each example, [B]; None for none.
     """
 
     x: Tensor
     labels: tuple[Tensor, ...]
     ball: Ball
     owner: Tensor | None = None
+    pace: Tensor | None = None
 
     def select(self, rows: Tensor) -> Task:
         labels = tuple(label[rows] for label in self.labels)
-        owner = None if self.owner is None else self.owner[rows]
-        return Task(self.x[rows], labels, self.ball.select(rows), owner)
+        owner, pace = (None if part is None else part[rows] for part in (self.owner, self.pace))
+        return Task(self.x[rows], labels, self.ball.select(rows), owner, pace)
 
 
 @dataclass(frozen=True)

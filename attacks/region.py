@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, Self
 
 from torch import Tensor
@@ -24,6 +24,9 @@ class Region(Protocol):
 
     def climb_(self, point: Tensor, gradient: Tensor, length: float) -> Tensor:
         """Move points by a step of `length` units along the gradient and project them, in place."""
+
+    def paced(self, pace: Tensor) -> Self:
+        """The same points, with the unit of a step multiplied by `pace`, one factor per example `[B]`."""
 
     def select(self, rows: Tensor) -> Self:
         """The region of a subset of the examples."""
@@ -63,6 +66,10 @@ class BoxRegion:
             point.add_(gradient.sign(), alpha=length * self.unit)
         return point.clamp_(self.lo, self.hi)
 
+    def paced(self, pace: Tensor) -> BoxRegion:
+        factor = pace.to(self.lo).view((-1,) + (1,) * (self.lo.dim() - 1))
+        return BoxRegion(self.lo, self.hi, self.unit * factor)
+
     def select(self, rows: Tensor) -> BoxRegion:
         unit = self.unit[rows] if isinstance(self.unit, Tensor) else self.unit
         return BoxRegion(self.lo[rows], self.hi[rows], unit)
@@ -74,6 +81,7 @@ class NormRegion:
 
     x: Tensor
     ball: Ball
+    pace: float | Tensor = 1.0
 
     def project_(self, point: Tensor) -> Tensor:
         return point.copy_(self.ball.project(point, self.x))
@@ -82,7 +90,11 @@ class NormRegion:
         return self.ball.sample(self.x, generators)
 
     def climb_(self, point: Tensor, gradient: Tensor, length: float) -> Tensor:
-        return self.project_(point.add_(self.ball.steepest(gradient, self.ball.eps * length, at=point)))
+        return self.project_(point.add_(self.ball.steepest(gradient, self.ball.eps * self.pace * length, at=point)))
+
+    def paced(self, pace: Tensor) -> NormRegion:
+        return replace(self, pace=self.pace * pace)
 
     def select(self, rows: Tensor) -> NormRegion:
-        return NormRegion(self.x[rows], self.ball.select(rows))
+        pace = self.pace[rows] if isinstance(self.pace, Tensor) else self.pace
+        return NormRegion(self.x[rows], self.ball.select(rows), pace)

@@ -87,8 +87,8 @@ class Ball(ABC):
         """Radius of each example in the dtype of x, [B, 1, ..., 1]."""
         return self._radius(x).to(x.dtype)
 
-    def scaled(self, factor: float) -> Self:
-        """The same threat model with eps multiplied by `factor`."""
+    def scaled(self, factor: float | Tensor) -> Self:
+        """The same threat model with eps multiplied by `factor`, one number or one per example [B]."""
         return self._with(self.eps * factor)
 
     def select(self, index: Tensor | slice) -> Self:

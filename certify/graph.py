@@ -101,7 +101,12 @@ class Graph:
     @property
     def has_batch_norm(self) -> bool:
         """Whether any step is a BatchNorm layer."""
-        return any(isinstance(step.build(), BatchNorm) for step in self.steps[1:])
+        return bool(self.batch_norm_layers())
+
+    def batch_norm_layers(self) -> list[nn.modules.batchnorm._BatchNorm]:
+        """The model's BatchNorm layers, in the order of the steps."""
+        ops = [step.build() for step in self.steps[1:]]
+        return [op.layer for op in ops if isinstance(op, BatchNorm)]
 
     def snapshot(self, statistics: Mapping[int, Statistics] | None = None) -> Snapshot:
         """Ops with today's weights; every BatchNorm becomes affine and is folded into a preceding convolution.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,19 @@ LAYERS = nn.modules.batchnorm._BatchNorm
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether the model has running statistics."""
     return any(isinstance(module, LAYERS) and module.running_mean is not None for module in model.modules())
+
+
+@contextmanager
+def statistics_kept(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Passes in training mode use batch statistics as ever, but leave the layers' running statistics alone."""
+    tracking = [layer for layer in layers if isinstance(layer, LAYERS) and layer.track_running_stats]
+    try:
+        for layer in tracking:
+            layer.track_running_stats = False
+        yield
+    finally:
+        for layer in tracking:
+            layer.track_running_stats = True
 
 
 @torch.no_grad()

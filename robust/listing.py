@@ -18,6 +18,8 @@ from robust.optimizer import OPTIMIZERS
 from robust.regularizer import REGULARIZERS
 from robust.schedule import SCHEDULES
 from robust.settings import Recipe, load_recipe, recipe_names
+from robust.weight_perturbation import WEIGHT_PERTURBATIONS
+from robust.weighting import WEIGHTINGS
 
 KINDS: dict[str, Registry] = {
     "models": MODELS,
@@ -26,6 +28,8 @@ KINDS: dict[str, Registry] = {
     "attacks": ATTACKS,
     "verifiers": VERIFIERS,
     "regularizers": REGULARIZERS,
+    "weightings": WEIGHTINGS,
+    "weight_perturbations": WEIGHT_PERTURBATIONS,
     "hooks": HOOKS,
     "schedules": SCHEDULES,
     "optimizers": OPTIMIZERS,

@@ -1,7 +1,11 @@
 """Registry of training objectives, and what several of them share.
 
 An objective is a frozen dataclass that maps the views of a mini-batch to named terms, one value per example each. The
-loss is the sum of the terms' batch means; every term is logged.
+loss is the sum of the terms' batch means; every term is logged. Weightings know the terms by their names: "clean" and
+"adversarial" compare logits with the label, "kl" compares two predictions; a method's other terms have its own names.
+
+An objective that needs a memory or a second network has `start(run)`, see `robust.active`. One whose steps repeat a
+mini-batch has a class fact `replays`.
 """
 
 from __future__ import annotations

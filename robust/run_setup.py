@@ -19,6 +19,8 @@ from robust.regularizer import REGULARIZERS
 from robust.schedule import SCHEDULES
 from robust.seeds import seeded
 from robust.settings import Settings
+from robust.weight_perturbation import WEIGHT_PERTURBATIONS, WeightPerturbation
+from robust.weighting import WEIGHTINGS
 
 STATE, BEST, CHECKPOINT, LOG, SETTINGS = (
     "state.safetensors",
@@ -50,10 +52,18 @@ def check_texts(settings: Settings) -> None:
         (OPTIMIZERS, [settings.optimizer]),
         (SCHEDULES, [settings.eps_schedule, settings.lr_schedule]),
         (REGULARIZERS, settings.regularizers),
+        (WEIGHTINGS, settings.weightings),
         (HOOKS, settings.hooks),
     ):
         for text in texts:
             registry.parse(text)
+    parse_perturbation(settings)
+
+
+def parse_perturbation(settings: Settings) -> WeightPerturbation | None:
+    """The run's weight perturbation, None for "none"."""
+    text = settings.weight_perturbation
+    return None if text == "none" else WEIGHT_PERTURBATIONS.parse(text)
 
 
 def training_data(settings: Settings, root: Path | None) -> DataSet:

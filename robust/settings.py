@@ -40,7 +40,7 @@ class Settings:
     """Images per optimiser step."""
     micro_batch: int = 0
     """Images that are attacked and bounded at a time, for less memory; BatchNorm statistics stay the whole batch's,
-    but terms that are no means of examples (exp_ibp, taps, staps, the regulariser shi) are taken of each part.
+    but terms that are no means of examples (exp_ibp, taps, staps, sovr, the regulariser shi) are taken of each part.
     0 is the whole batch."""
     optimizer: str = "adam:lr=0.0005"
     """Optimiser."""
@@ -50,6 +50,10 @@ class Settings:
     """Factor on the radius."""
     regularizers: tuple[str, ...] = ()
     """Terms on top of the objective, such as shi:weight=0.5 and l1:weight=1e-6."""
+    weightings: tuple[str, ...] = ()
+    """Weights on the objective's terms, per example or per class, such as dafa:warmup_epochs=70."""
+    weight_perturbation: str = "none"
+    """Perturbed weights at which the gradient is taken, such as awp:gamma=0.005; none for none."""
     hooks: tuple[str, ...] = ()
     """Things done on the way, such as precise_bn, ema:decay=0.999 and swa:start_epoch=65."""
     init: Literal["default", "ibp", "kaiming_normal"] = "default"

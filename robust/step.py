@@ -1,84 +1,171 @@
-"""One training step: the gradients of a batch's loss, in one piece or in parts."""
+"""One training step: the loss of a batch and its gradients, in one piece or in parts, as often as the step asks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from certify.graph import Graph
 from certify.ops.batch_norm import Statistics
+from robust.active import Active, Moment
+from robust.batch_norm import statistics_kept
 from robust.settings import Settings
 from robust.views import Views
+from robust.weighting import Weighting, radius_of
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step needs besides model and images: loss, regularisers, schedules' values and randomness."""
+    """What one step needs besides model and images: loss, regularisers, schedules' values and randomness.
+
+    Attributes:
+        weightings: act on the objective's terms, in this order.
+        watchers: see the views of the step; `moment` is what they are told along with them.
+    """
 
     objective: Any
     regularizers: list[Any]
     eps_fraction: float
     ramp: float
     generator: torch.Generator
+    weightings: Sequence[Weighting] = ()
+    watchers: Sequence[Active] = ()
+    moment: Moment | None = None
 
 
-def step_gradients(graph: Graph, x: Tensor, y: Tensor, plan: StepPlan, settings: Settings) -> dict[str, Tensor]:
-    """Add the gradients of a batch's loss to the parameters; the terms' batch means.
+Keep = Callable[[Tensor], Tensor]
+"""Losses of the examples `[B]`, detached -> factor on each, `[B]`."""
+
+
+class BatchLoss:
+    """The loss of one batch at whatever weights the model has when it is asked for; images and attacks stay the same.
 
     With `settings.micro_batch` the images are attacked and bounded in parts. BatchNorm statistics are those of the
     whole batch all the same, and the gradient through them is exact: the parts' gradients in the statistics are
     collected and sent through the clean pass once.
+
+    Args:
+        index: numbers of the images among the training images, `[B]`.
     """
-    if not 0 < settings.micro_batch < len(x):
-        views = _views(graph, x, y, plan, settings)
-        terms = _terms(views, plan)
-        torch.stack(list(terms.values())).sum().backward()
+
+    def __init__(
+        self, graph: Graph, x: Tensor, y: Tensor, plan: StepPlan, settings: Settings, index: Tensor | None = None
+    ) -> None:
+        self.graph, self.x, self.y, self.plan, self.settings, self.index = graph, x, y, plan, settings, index
+        size = settings.micro_batch if 0 < settings.micro_batch < len(x) else len(x)
+        self.parts = [slice(start, start + size) for start in range(0, len(x), size)]
+        self.kept: list[dict[Any, Any]] = [{} for _ in self.parts]
+        self.radius = radius_of(plan.weightings, y)
+
+    def backward(self, move_statistics: bool = True) -> dict[str, Tensor]:
+        """Add the gradients of the loss to the parameters; the terms' batch means. Active methods see the views.
+
+        Args:
+            move_statistics: whether running statistics follow; they already have where an earlier pass did it.
+        """
+        return self._accumulate(None, None, self._show, move_statistics)
+
+    def gradients(
+        self, parameters: Sequence[nn.Parameter], keep: Keep | None = None, move_statistics: bool = False
+    ) -> list[Tensor]:
+        """Gradients in the parameters, without a trace in their `.grad`; zero where the loss does not depend on one.
+
+        Args:
+            keep: factors on the examples' losses, for perturbations that look at some examples only.
+            move_statistics: whether the running statistics follow.
+        """
+        before = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            self._accumulate(parameters, keep, lambda views: None, move_statistics)
+            return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        finally:
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = gradient
+
+    def _accumulate(
+        self, parameters: Sequence[nn.Parameter] | None, keep: Keep | None, show: Callable[[Views], None], move: bool
+    ) -> dict[str, Tensor]:
+        if len(self.parts) == 1:
+            return self._part(self._views(0, None, move), parameters, keep, show)
+        layers = self.graph.batch_norm_layers()
+        with contextlib.nullcontext() if move else statistics_kept(layers):
+            statistics = self.graph.forward_train(self.x)[1] if layers else {}
+        leaves = {place: Statistics(*(t.detach().requires_grad_() for t in pair)) for place, pair in statistics.items()}
+        inputs = None if parameters is None else [*parameters, *_tensors(leaves)]
+        totals: dict[str, Tensor] = {}
+        for number in range(len(self.parts)):
+            for name, value in self._part(self._views(number, leaves, move), inputs, keep, show).items():
+                totals[name] = totals.get(name, torch.zeros_like(value)) + value
+        used = [(t, leaf.grad) for t, leaf in zip(_tensors(statistics), _tensors(leaves), strict=True)]
+        reached = [(t, gradient) for t, gradient in used if gradient is not None]
+        if reached:
+            torch.autograd.backward([t for t, _ in reached], [g for _, g in reached], inputs=parameters)
+        return totals
+
+    def _part(
+        self, views: Views, inputs: Sequence[Tensor] | None, keep: Keep | None, show: Callable[[Views], None]
+    ) -> dict[str, Tensor]:
+        share = len(views.x) / len(self.x)
+        terms = {name: share * value for name, value in self._terms(views, keep).items()}
+        torch.autograd.backward(torch.stack(list(terms.values())).sum(), inputs=inputs)
+        show(views)
         return {name: value.detach() for name, value in terms.items()}
-    statistics = graph.forward_train(x)[1] if graph.has_batch_norm else {}
-    leaves = {place: Statistics(*(t.detach().requires_grad_() for t in pair)) for place, pair in statistics.items()}
-    totals: dict[str, Tensor] = {}
-    for start in range(0, len(x), settings.micro_batch):
-        part = slice(start, start + settings.micro_batch)
-        views = _views(graph, x[part], y[part], plan, settings, leaves)
-        share = len(views.x) / len(x)
-        terms = {name: share * value for name, value in _terms(views, plan).items()}
-        torch.stack(list(terms.values())).sum().backward()
-        for name, value in terms.items():
-            totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
-    pairs = [(t, leaf) for place, pair in statistics.items() for t, leaf in zip(pair, leaves[place], strict=True)]
-    used = [(t, leaf.grad) for t, leaf in pairs if leaf.grad is not None]
-    if used:
-        torch.autograd.backward([t for t, _ in used], [grad for _, grad in used])
-    return totals
+
+    def _views(self, number: int, statistics: Mapping[int, Statistics] | None, move: bool) -> Views:
+        plan, part = self.plan, self.parts[number]
+        ball, pace = self.settings.train_ball().scaled(plan.eps_fraction), None
+        if self.radius is not None:
+            ball = ball.scaled(self.radius.eps[part])
+            # Steps grow with the radius by themselves; where both factors agree this is 1, also at radius 0.
+            pace = torch.where(self.radius.eps > 0, self.radius.step / self.radius.eps, 1.0)[part]
+        return Views(
+            self.graph,
+            self.x[part],
+            self.y[part],
+            ball,
+            plan.generator,
+            plan.eps_fraction,
+            plan.ramp,
+            statistics,
+            note_boxes=plan.ramp < 1 and any(r.needs_boxes for r in plan.regularizers),
+            index=None if self.index is None else self.index[part],
+            epoch=0.0 if plan.moment is None else plan.moment.epoch,
+            pace=pace,
+            count_correct=any(weighting.needs_kappa for weighting in plan.weightings),
+            kept=self.kept[number],
+            moves_statistics=move,
+        )
+
+    def _terms(self, views: Views, keep: Keep | None) -> dict[str, Tensor]:
+        terms = self.plan.objective(views)
+        for weighting in self.plan.weightings:
+            terms = weighting(views, terms)
+        if keep is not None:
+            weight = keep(torch.stack(list(terms.values())).sum(0).detach())
+            terms = {name: weight * value for name, value in terms.items()}
+        means = {name: value.mean() for name, value in terms.items()}
+        for regularizer in self.plan.regularizers:
+            means.update(regularizer(views))
+        return means
+
+    @torch.no_grad()
+    def _show(self, views: Views) -> None:
+        for watcher in self.plan.watchers:
+            assert self.plan.moment is not None
+            watcher.see(views, self.plan.moment)
 
 
-def _views(
-    graph: Graph,
-    x: Tensor,
-    y: Tensor,
-    plan: StepPlan,
-    settings: Settings,
-    statistics: Mapping[int, Statistics] | None = None,
-) -> Views:
-    return Views(
-        graph,
-        x,
-        y,
-        settings.train_ball().scaled(plan.eps_fraction),
-        plan.generator,
-        plan.eps_fraction,
-        plan.ramp,
-        statistics,
-        note_boxes=plan.ramp < 1 and any(r.needs_boxes for r in plan.regularizers),
-    )
+def step_gradients(graph: Graph, x: Tensor, y: Tensor, plan: StepPlan, settings: Settings) -> dict[str, Tensor]:
+    """Add the gradients of a batch's loss to the parameters; the terms' batch means."""
+    return BatchLoss(graph, x, y, plan, settings).backward()
 
 
-def _terms(views: Views, plan: StepPlan) -> dict[str, Tensor]:
-    terms = {name: value.mean() for name, value in plan.objective(views).items()}
-    for regularizer in plan.regularizers:
-        terms.update(regularizer(views))
-    return terms
+def _tensors(statistics: Mapping[int, Statistics]) -> list[Tensor]:
+    return [t for pair in statistics.values() for t in pair]

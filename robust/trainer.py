@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import math
 import time
@@ -24,11 +25,12 @@ from tqdm import tqdm
 
 from certify.graph import capture
 from certify.verifier import VERIFIERS
+from robust.active import Active, Moment, RunFacts, active_among, begin
 from robust.batch_norm import has_batch_norm, reestimate_statistics
 from robust.checkpoint import Checkpoint, load
 from robust.dataset import DataSet
 from robust.files import JsonLines, write_whole
-from robust.hook import HOOKS, Active, Moment
+from robust.hook import HOOKS
 from robust.interruption import Interruption
 from robust.objective import OBJECTIVES
 from robust.objectives.natural import Natural
@@ -43,14 +45,17 @@ from robust.run_setup import (
     TrainingError,
     build_model,
     check_texts,
+    parse_perturbation,
     refuse_other_settings,
     training_data,
 )
 from robust.schedule import SCHEDULES, ramp_progress
 from robust.seeds import seeded
 from robust.settings import Settings
-from robust.step import StepPlan, step_gradients
+from robust.step import BatchLoss, StepPlan
 from robust.tensor_file import CheckpointError, load_tensors, save_tensors
+from robust.weight_perturbation import Perturbed
+from robust.weighting import WEIGHTINGS
 
 VALIDATION_BATCH = 250
 
@@ -127,19 +132,26 @@ class _Run:
         self.data = training_data(settings, root)
         self.train_images = self.data.train.to(device)
         self.model = build_model(settings, self.data).to(device)
-        self.objective = OBJECTIVES.parse(settings.objective)
-        self.regularizers = [REGULARIZERS.parse(text) for text in settings.regularizers]
         self.validator = VERIFIERS.parse(settings.validator)
         self.eps_schedule = SCHEDULES.parse(settings.eps_schedule)
         self.lr_schedule = SCHEDULES.parse(settings.lr_schedule)
-        factory = OPTIMIZERS.parse(settings.optimizer)
-        self.lr = factory.lr
-        self.optimizer = factory(self.model.parameters())
-        self.hooks = [HOOKS.parse(text).start(self.model) for text in settings.hooks]
-        averaging = [text for text, hook in zip(settings.hooks, self.hooks, strict=True) if hook.averages]
+        objective = OBJECTIVES.parse(settings.objective)
+        self.replays = getattr(objective, "replays", 1)
+        self.steps_per_epoch = self.replays * max(1, math.ceil(len(self.train_images) / settings.batch_size))
+        facts = self._facts()
+        self.objective = begin(objective, facts)
+        self.regularizers = [begin(REGULARIZERS.parse(text), facts) for text in settings.regularizers]
+        self.weightings = [begin(WEIGHTINGS.parse(text), facts) for text in settings.weightings]
+        self.perturbation = parse_perturbation(settings)
+        hooks = [begin(HOOKS.parse(text), facts) for text in settings.hooks]
+        self.active = active_among([self.objective, *self.regularizers, *self.weightings, *hooks])
+        averaging = [text for text, hook in zip(settings.hooks, hooks, strict=True) if hook.averages]
         if len(averaging) > 1:
             raise TrainingError(f"{' and '.join(averaging)} both average the weights; keep one of them")
-        self.steps_per_epoch = max(1, math.ceil(len(self.train_images) / settings.batch_size))
+        self.parameters = [*self.model.parameters(), *(p for active in self.active for p in active.parameters())]
+        factory = OPTIMIZERS.parse(settings.optimizer)
+        self.lr = factory.lr
+        self.optimizer = factory(self.parameters)
         self.graph = capture(self.model, self._example())
         self.progress = Progress()
         self.summary_writer = _summary_writer_class() if tensorboard else None
@@ -162,6 +174,8 @@ class _Run:
                 self.writer = stack.enter_context(self.summary_writer(str(self.out), purge_step=first + 1))
             stack.enter_context(self.interruption)
             for epoch in range(first, self.settings.epochs):
+                if any(active.finished() for active in self.active):
+                    break
                 best = self.progress.best
                 log.append([self._epoch(epoch)])
                 self._pause(at_once=self.progress.best > best)
@@ -181,8 +195,7 @@ class _Run:
         with bar:
             for place in range(done, self.steps_per_epoch):
                 started = time.perf_counter()
-                index = order[place * self.settings.batch_size : (place + 1) * self.settings.batch_size]
-                terms = self._step(index)
+                terms = self._step(self._batch_of(order, place // self.replays))
                 for name, value in terms.items():
                     self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
                 self.progress.seconds += time.perf_counter() - started
@@ -205,31 +218,42 @@ class _Run:
         settings, step = self.settings, self.progress.step
         x, y = self.train_images.batch(index, self.device)
         if settings.augment and self.data.augmentation is not None:
-            x = self.data.augmentation(x, seeded(self.device, settings.seed, "augmentation", step))
-        fraction = self.eps_schedule(step, self.steps_per_epoch, settings.epochs)
+            x = self.data.augmentation(x, seeded(self.device, settings.seed, "augmentation", step // self.replays))
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * self.lr_schedule(step, self.steps_per_epoch, settings.epochs)
-        ramp = ramp_progress(self.eps_schedule, step, self.steps_per_epoch)
-        noise = seeded(self.device, settings.seed, "attack", step)
+        moment = self._moment()
+        plan = self._plan(moment)
+        loss = BatchLoss(self.graph, x, y, plan, settings, index)
         self.optimizer.zero_grad(set_to_none=True)
-        terms = step_gradients(
-            self.graph,
-            x,
-            y,
-            StepPlan(self.objective if fraction > 0 else Natural(), self.regularizers, fraction, ramp, noise),
-            settings,
-        )
+        perturbation = self.perturbation
+        if perturbation is None or plan.eps_fraction == 0 or moment.epoch < perturbation.start_epoch:
+            perturbed, terms = Perturbed([], "after_step"), loss.backward()
+        else:
+            perturbed = Perturbed(perturbation(self.model, loss), perturbation.restore)
+            terms = loss.backward(move_statistics=perturbation.statistics_follow != "unperturbed")
         values = {name: float(value) for name, value in terms.items()}
         self._check(values)
+        perturbed.restore("before_step")
         if settings.clip_norm:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm, error_if_nonfinite=False)
+            norm = nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm, error_if_nonfinite=False)
             self._check({"gradient norm": float(norm)})
         self.optimizer.step()
+        perturbed.restore("after_step")
         self.progress.step += 1
         moment = self._moment()
-        for hook in self.hooks:
-            hook.after_step(moment)
+        for active in self.active:
+            active.after_step(moment)
         return values
+
+    def _plan(self, moment: Moment) -> StepPlan:
+        """What the loss of the coming step is made of; at radius 0 it is natural training."""
+        step = moment.step
+        fraction = self.eps_schedule(step, self.steps_per_epoch, self.settings.epochs)
+        ramp = ramp_progress(self.eps_schedule, step, self.steps_per_epoch)
+        noise = seeded(self.device, self.settings.seed, "attack", step)
+        if fraction == 0:
+            return StepPlan(Natural(), self.regularizers, fraction, ramp, noise, moment=moment)
+        return StepPlan(self.objective, self.regularizers, fraction, ramp, noise, self.weightings, self.active, moment)
 
     def _check(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -248,8 +272,8 @@ class _Run:
     def _close_epoch(self, epoch: int) -> dict[str, Any]:
         self._check_weights()
         moment = self._moment()
-        for hook in self.hooks:
-            hook.after_epoch(moment)
+        for active in self.active:
+            active.after_epoch(moment)
         means = {name: total / self.steps_per_epoch for name, total in self.progress.sums.items()}
         seconds = self.progress.seconds
         self.progress.sums, self.progress.seconds = {}, 0.0
@@ -279,7 +303,7 @@ class _Run:
 
     def _judged(self) -> nn.Module:
         """The model whose weights count: the averaged one where a hook averages."""
-        averaged = [weights for hook in self.hooks if (weights := hook.weights()) is not None]
+        averaged = [weights for active in self.active if (weights := active.weights()) is not None]
         if not averaged:
             return self.model
         model = copy.deepcopy(self.model)
@@ -330,18 +354,39 @@ class _Run:
             order = torch.cat([order, order[:1]])
         return order
 
+    def _batch_of(self, order: Tensor, place: int) -> Tensor:
+        return order[place * self.settings.batch_size : (place + 1) * self.settings.batch_size]
+
     def _moment(self) -> Moment:
-        return Moment(self.model, self.progress.step, self.progress.step / self.steps_per_epoch, self._batches)
+        epoch = self.progress.step / self.steps_per_epoch
+        return Moment(self.model, self.progress.step, epoch, self._batches, self._labelled, self._held_out)
 
     def _batches(self) -> Iterator[Tensor]:
+        return (x for x, _ in self._labelled())
+
+    def _labelled(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = self.progress.step // self.steps_per_epoch
         order = self._order(epoch)
-        for place in range(self.steps_per_epoch):
-            index = order[place * self.settings.batch_size : (place + 1) * self.settings.batch_size]
-            x, _ = self.train_images.batch(index, self.device)
+        for place in range(self.steps_per_epoch // self.replays):
+            x, y = self.train_images.batch(self._batch_of(order, place), self.device)
             if self.settings.augment and self.data.augmentation is not None:
                 x = self.data.augmentation(x, seeded(self.device, self.settings.seed, "statistics", epoch, place))
-            yield x
+            yield x, y
+
+    def _held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.settings.validation:
+            yield from _validation_batches(self.data, self.device)
+
+    def _facts(self) -> RunFacts:
+        return RunFacts(
+            self.model,
+            self.data.input_shape,
+            len(self.data.classes),
+            len(self.train_images),
+            self.settings.epochs,
+            self.steps_per_epoch,
+            lambda text: build_model(dataclasses.replace(self.settings, model=text), self.data).to(self.device),
+        )
 
     def _example(self) -> Tensor:
         return torch.zeros(1, *self.data.input_shape, device=self.device)
@@ -357,8 +402,8 @@ class _Run:
                     tensors[f"optimizer.{number}.{name}"] = value
                 else:
                     plain[f"{number}.{name}"] = value
-        for number, hook in enumerate(self.hooks):
-            tensors.update({f"hook.{number}.{name}": tensor for name, tensor in hook.state().items()})
+        for number, active in enumerate(self.active):
+            tensors.update({f"active.{number}.{name}": tensor for name, tensor in active.state().items()})
         save_tensors(self.out / STATE, tensors, {"progress": vars(self.progress), "optimizer": plain})
         self.saved_at = time.monotonic()
 
@@ -374,8 +419,8 @@ class _Run:
             state.setdefault(int(number), {})[name] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        for number, hook in enumerate(self.hooks):
-            _restore_hook(hook, _part(tensors, f"hook.{number}."), self.device)
+        for number, active in enumerate(self.active):
+            _restore_active(active, _part(tensors, f"active.{number}."), self.device)
         self.progress = Progress(**metadata["progress"])
 
 
@@ -385,17 +430,20 @@ def validate(
     """Clean and certified accuracy on the held-out images, in percent."""
     count = len(data.test)
     right = certified = 0
-    for start in range(0, count, VALIDATION_BATCH):
-        index = torch.arange(start, min(start + VALIDATION_BATCH, count))
-        x, y = data.test.batch(index, device)
+    for x, y in _validation_batches(data, device):
         for verdict in verifier(model, x, y, settings.ball()):
             right += verdict.status != "misclassified"
             certified += verdict.status == "certified"
     return {"clean": 100 * right / count, "certified": 100 * certified / count}
 
 
-def _restore_hook(hook: Active, state: dict[str, Tensor], device: torch.device) -> None:
-    hook.restore({name: tensor.to(device) if tensor.dim() else tensor for name, tensor in state.items()})
+def _validation_batches(data: DataSet, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(data.test), VALIDATION_BATCH):
+        yield data.test.batch(torch.arange(start, min(start + VALIDATION_BATCH, len(data.test))), device)
+
+
+def _restore_active(active: Active, state: dict[str, Tensor], device: torch.device) -> None:
+    active.restore({name: tensor.to(device) if tensor.dim() else tensor for name, tensor in state.items()})
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import functools
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from attacks.attack import Attack
+from attacks.losses import misclassified
 from attacks.methods.pgd import PGD
+from attacks.mode import Model
 from certify.graph import Snapshot, cast_tensors
 from certify.ops.affine import Conv2d, Linear
 from robust.views import Views
 
-BatchNormStatistics = Literal["batch", "running"]
-"""Statistics under an attack: those of the clean batch (CTBench), or the running ones (SABR, expressive losses)."""
+BatchNormStatistics = Literal["batch", "running", "eval", "train", "train_frozen"]
+"""Statistics under an attack. batch: those of the clean batch (CTBench). running: the running ones after the clean pass
+(SABR, expressive losses). eval: the running ones as the last step left them (TRADES and its descendants). train: those
+of every iterate, which also move the running ones (Madry et al., Rice et al., AWP). train_frozen: the same without
+moving them (Gowal et al., Wang et al. 2023)."""
+
+BatchNormOf = Literal["own", "clean"]
+"""Statistics of the loss's pass at adversarial points. own: of that batch itself, in a training pass that moves the
+running ones too (adversarial training as published). clean: of the clean batch (certified training, CTBench)."""
 
 BoundsStatistics = Literal["clean", "adversarial"]
 """Batch whose statistics the bounds and the adversarial logits use: the clean one (Shi et al., SABR, CTBench), or that
@@ -33,30 +43,86 @@ SINGLE_STEP = PGD(steps=1, step_size=10.0, unit="box", keep="last", mode="keep")
 """Their search in the other settings: one step from a random start that ends in a corner."""
 
 
+TRADES_STEP = 0.007 / 0.031
+"""Step of the TRADES family, in units of its radius."""
+
+
 def adversarial(views: Views, attack: Attack, factor: float = 1.0, statistics: BatchNormStatistics = "batch") -> Tensor:
-    """Points that the attack finds in the ball of `factor` times the step's radius, `[B, C, H, W]`, detached."""
-    network = with_weights_in(views.running if statistics == "running" else views.frozen, attack)
-    ball = views.ball if factor == 1 else views.ball.scaled(factor)
-    return attack(network, views.x, views.y, ball, generator=views.generator)
+    """Points that the attack finds in the ball of `factor` times the step's radius, `[B, C, H, W]`, detached.
+
+    They are searched once a step, also where the loss is then computed at other weights.
+    """
+
+    def search() -> Tensor:
+        network: Model = with_weights_in(attacked_network(views, statistics), attack)
+        ball = views.ball if factor == 1 else views.ball.scaled(factor)
+        pace = {} if views.pace is None else {"pace": views.pace}
+        if not views.count_correct:
+            return attack(network, views.x, views.y, ball, generator=views.generator, **pace)
+        counting = _Counting(network, views.y)
+        points = attack(counting, views.x, views.y, ball, generator=views.generator, **pace)
+        views.kept["kappa"] = counting.kappa
+        return points
+
+    return views.once(("adversarial", id(attack), factor, statistics), search)
+
+
+def attacked_network(views: Views, statistics: BatchNormStatistics) -> Model:
+    """The network that an attack climbs, without gradients to the parameters."""
+    if not views.graph.has_batch_norm:
+        return views.frozen
+    if statistics in ("train", "train_frozen"):
+        return functools.partial(views.iterate, move=statistics == "train")
+    return {"batch": lambda: views.frozen, "running": lambda: views.running, "eval": lambda: views.evaluation}[
+        statistics
+    ]()
+
+
+def adversarial_logits(views: Views, x_adv: Tensor, batch_norm: BatchNormOf) -> Tensor:
+    """Logits at the adversarial points, `[B, K]`, noted in `views.logits`."""
+    own = batch_norm == "own" and views.graph.has_batch_norm
+    views.logits["adversarial"] = views.train(x_adv) if own else views.snapshot(x_adv)
+    return views.logits["adversarial"]
 
 
 def attacked_and_bounding(views: Views, x_adv: Tensor, statistics: BoundsStatistics) -> tuple[Tensor, Snapshot]:
     """(logits at the adversarial points, network to bound), both with the BatchNorm statistics that are asked for."""
     if statistics == "adversarial" and views.graph.has_batch_norm:
         _ = views.clean  # the clean pass comes first: both update the running statistics
-        return views.training_pass(x_adv)
-    return views.snapshot(x_adv), views.snapshot
+        views.logits["adversarial"], network = views.training_pass(x_adv)
+        return views.logits["adversarial"], network
+    return adversarial_logits(views, x_adv, "clean"), views.snapshot
 
 
-def with_weights_in(network: Snapshot, attack: Attack) -> Snapshot:
+def with_weights_in(network: Model, attack: Attack) -> Model:
     """The network with the weights of its layers in the arithmetic that the attack asks for.
 
     Autocast would convert them anew at every step of the attack.
     """
-    if getattr(attack, "precision", "float32") == "float32":
+    if getattr(attack, "precision", "float32") == "float32" or not isinstance(network, Snapshot):
         return network
     nodes = (
         replace(node, op=cast_tensors(node.op, torch.bfloat16)) if isinstance(node.op, Conv2d | Linear) else node
         for node in network.nodes
     )
     return Snapshot(tuple(nodes))
+
+
+@dataclass
+class _Counting:
+    """A network that counts, per example, the points at which an attack takes a gradient and the label is right."""
+
+    network: Model
+    y: Tensor
+    kappa: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kappa = torch.zeros_like(self.y)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        logits = self.network(x)
+        if torch.is_grad_enabled():
+            if len(x) != len(self.y):
+                raise ValueError("points of an attack's path are counted for keep=last or best, restarts=1 only")
+            self.kappa += ~misclassified(logits.detach(), self.y)
+        return logits

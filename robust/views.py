@@ -2,14 +2,20 @@
 
 BatchNorm: the clean pass in training mode sets the batch statistics and updates the running ones; every other view
 uses those batch statistics, and gradients flow through them. That is the rule of Shi et al. 2021, SABR and CTBench;
-objectives that want another one name it (`statistics="running"` of an attack).
+objectives that want another one name it (`statistics="running"` of an attack, `batch_norm="own"` of adversarial
+training, whose passes each have their own statistics).
+
+A step may compute its loss more than once, at different weights. Every time has Views of its own; what was searched or
+drawn for the step (`once`) they share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +27,9 @@ from certify.graph import Graph, Snapshot
 from certify.interval import Interval
 from certify.ops.affine import Linear
 from certify.ops.batch_norm import Statistics
+from robust.batch_norm import statistics_kept
+
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,16 @@ class Views:
         statistics: BatchNorm statistics to use, where they were computed on a larger batch; the clean pass sets them
             otherwise.
         note_boxes: keep the boxes of every interval propagation in `bounded`, for regularisers.
+        index: numbers of the images among the training images, `[B]`.
+        epoch: steps done over steps per epoch.
+        pace: factor on the steps of attacks, `[B]`; None for none.
+        count_correct: whether attacks note `kappa`.
+        kept: what `once` has made.
+        moves_statistics: whether passes in training mode move the running statistics (those of an attack always do).
+
+    Attributes:
+        logits: by name ("adversarial", "helper" ...), the passes that weightings and active methods may look at.
+        moved: whether a pass in training mode was made.
     """
 
     graph: Graph
@@ -57,13 +76,50 @@ class Views:
     ramp: float = 1.0
     statistics: Mapping[int, Statistics] | None = None
     note_boxes: bool = False
+    index: Tensor | None = None
+    epoch: float = 0.0
+    pace: Tensor | None = None
+    count_correct: bool = False
+    kept: dict[Hashable, Any] = field(default_factory=dict)
+    moves_statistics: bool = True
     bounded: list[Bounded] = field(default_factory=list, init=False)
+    logits: dict[str, Tensor] = field(default_factory=dict, init=False)
+    moved: bool = field(default=False, init=False)
+
+    def once(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
+        """What `make` returned the first time in this step: searched points and drawn noise, which stay fixed when the
+        loss is computed again at other weights."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
+
+    @property
+    def adversarial(self) -> Tensor:
+        """Logits at the adversarial points, `[B, K]`.
+
+        Raises:
+            ValueError: the objective has computed none.
+        """
+        if "adversarial" not in self.logits:
+            raise ValueError("this needs logits at adversarial points, which the objective does not compute; try pgd")
+        return self.logits["adversarial"]
+
+    @property
+    def kappa(self) -> Tensor:
+        """Number of points of the attack's path at which its gradient was taken that are classified correctly, `[B]`.
+
+        Raises:
+            ValueError: the objective attacks nothing.
+        """
+        if "kappa" not in self.kept:
+            raise ValueError("this needs an attack's path, and the objective attacks no points; try pgd")
+        return self.kept["kappa"]
 
     @cached_property
     def _clean_pass(self) -> tuple[Tensor, Mapping[int, Statistics]]:
         if self.statistics is not None:
             return self.graph.snapshot(self.statistics)(self.x), self.statistics
-        return self.graph.forward_train(self.x)
+        return self._pass_in_training(self.graph, self.x, self.moves_statistics)
 
     @property
     def clean(self) -> Tensor:
@@ -91,6 +147,21 @@ class Views:
         return self.graph.snapshot().without_gradient()
 
     @cached_property
+    def evaluation(self) -> Snapshot:
+        """The network in evaluation as the last step left it, without gradients to the parameters.
+
+        Raises:
+            ValueError: this step has moved the running statistics already.
+        """
+        if self.graph.has_batch_norm and (self.statistics is not None or self.moved):
+            raise ValueError(
+                "statistics=eval: this step has moved the running statistics already; set micro_batch=0, and attack "
+                "before the first pass in training mode"
+            )
+        with torch.no_grad():
+            return self.graph.snapshot().without_gradient()
+
+    @cached_property
     def box(self) -> Interval:
         """The box around the ball, cut by the pixel range."""
         return box_around(self.x, self.ball.eps_of(self.x), self.ball.pixel_range)
@@ -103,10 +174,41 @@ class Views:
         Raises:
             ValueError: the batch is only a part of a larger one, so its statistics are not the step's.
         """
-        if self.statistics is not None:
-            raise ValueError("statistics of adversarial points need whole batches; set micro_batch=0")
-        logits, statistics = self.graph.forward_train(x)
+        self._refuse_parts()
+        logits, statistics = self._pass_in_training(self.graph, x, self.moves_statistics)
         return logits, self.graph.snapshot(statistics)
+
+    def train(self, x: Tensor) -> Tensor:
+        """Logits of another batch in training mode, with statistics of its own; moves the running ones once more.
+
+        Raises:
+            ValueError: see `training_pass`.
+        """
+        self._refuse_parts()
+        return self._pass_in_training(self.graph, x, self.moves_statistics)[0]
+
+    def train_with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits, input of the last layer `[B, n]`) as in `train`."""
+        *front, last = self.graph.steps
+        if last.inputs != (len(front) - 1,):
+            raise ValueError(f"features need a network that ends in one layer; {last.name!r} reads {last.inputs}")
+        self._refuse_parts()
+        features = self._pass_in_training(Graph(tuple(front)), x, self.moves_statistics)[0]
+        return last.build().forward(features), features
+
+    def iterate(self, x: Tensor, move: bool) -> Tensor:
+        """Logits of an attack's iterate in training mode; `move` says whether the running statistics follow it."""
+        self._refuse_parts()
+        return self._pass_in_training(self.graph, x, move)[0]
+
+    def _refuse_parts(self) -> None:
+        if self.statistics:
+            raise ValueError("statistics of adversarial points need whole batches; set micro_batch=0")
+
+    def _pass_in_training(self, graph: Graph, x: Tensor, move: bool) -> tuple[Tensor, Mapping[int, Statistics]]:
+        self.moved = self.moved or move
+        with nullcontext() if move else statistics_kept(graph.batch_norm_layers()):
+            return graph.forward_train(x)
 
     def margins(self, box: Interval, snapshot: Snapshot | None = None) -> Tensor:
         """Interval lower bounds of the margins z_y - z_k over an input box, `[B, K]`, 0 in column y.

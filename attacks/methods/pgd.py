@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -75,10 +75,13 @@ class PGD:
         *,
         generator: torch.Generator | None = None,
         index: Tensor | None = None,
+        pace: Tensor | None = None,
     ) -> Tensor:
+        """See `Attack`; `pace` multiplies the steps of every example, `[B]`."""
         noise = noise_of(self.seed, x, generator, index)
         with attack_mode(model, self.mode):
             loss, task, fooled = self._prepare(model, x, y, ball)
+            task = replace(task, pace=pace)
             if self.keep == "first_fooled":
                 survivors = Survivors(task, fooled)
                 for restart in range(self.restarts):
@@ -94,6 +97,7 @@ class PGD:
 
     def _run(self, model: Model, loss: Loss, task: Task, generators: Generators) -> tuple[Tensor, Tensor]:
         region = region_around(task.x, task.ball, self.unit)
+        region = region if task.pace is None else region.paced(task.pace)
         start = start_points(self.start, task.x, region, generators)
         return ascend(model, loss, task, start, self._plan(), region)
 

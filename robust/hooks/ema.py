@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from robust.hook import HOOKS, Active, Moment
+from robust.active import Active, Moment, RunFacts
+from robust.hook import HOOKS
 
 
 @HOOKS.register("ema")
@@ -24,7 +25,7 @@ class EMA:
     decay: float = 0.999
     start_epoch: float = 0.0
 
-    def start(self, model: nn.Module) -> Active:
+    def start(self, run: RunFacts) -> Active:
         return _Active(self)
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
+from robust.active import Active, Moment, RunFacts
 from robust.batch_norm import has_batch_norm, reestimate_statistics
-from robust.hook import HOOKS, Active, Moment
+from robust.hook import HOOKS
 
 
 @HOOKS.register("precise_bn")
@@ -16,7 +15,7 @@ class PreciseBN:
     """After each epoch, running statistics become the average over the training images at the weights of that moment
     (CTBench; the loader's augmentation included). Costs a forward pass over the training images per epoch."""
 
-    def start(self, model: nn.Module) -> Active:
+    def start(self, run: RunFacts) -> Active:
         return _Active()
 
 

@@ -10,25 +10,31 @@ from attacks.attack import ATTACKS, Attack
 from attacks.methods.pgd import PGD
 from attacks.registry import method_field
 from robust.objective import OBJECTIVES, cross_entropy, mixed
-from robust.training_attack import BatchNormStatistics, adversarial
+from robust.training_attack import BatchNormOf, BatchNormStatistics, adversarial, adversarial_logits
 from robust.views import Views
 
 
 @OBJECTIVES.register("pgd")
 @dataclass(frozen=True)
 class PGDTraining:
-    """Cross-entropy at points that PGD finds (Madry et al. 2018), with the clean batch's BatchNorm statistics.
+    """Cross-entropy at points that PGD finds (Madry et al. 2018).
+
+    The default is CTBench's form. That of Madry et al. and Rice et al. 2020 is `statistics=train,batch_norm=own`: no
+    clean pass, and every iterate of the attack moves the running statistics.
 
     Args:
         attack: inner search.
         robust_weight: weight of the adversarial term; the rest goes to the clean one.
         statistics: BatchNorm statistics under the attack.
+        batch_norm: BatchNorm statistics of the adversarial term.
     """
 
     attack: Attack = method_field(ATTACKS, PGD(steps=10, step_size=0.25, unit="box", keep="last", mode="keep"))
     robust_weight: float = 1.0
     statistics: BatchNormStatistics = "batch"
+    batch_norm: BatchNormOf = "clean"
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
         x_adv = adversarial(views, self.attack, statistics=self.statistics)
-        return mixed(views, self.robust_weight, {"adversarial": cross_entropy(views.snapshot(x_adv), views.y)})
+        logits = adversarial_logits(views, x_adv, self.batch_norm)
+        return mixed(views, self.robust_weight, {"adversarial": cross_entropy(logits, views.y)})

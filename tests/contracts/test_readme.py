@@ -16,6 +16,8 @@ TABLE_KINDS = {
     "attack": "attacks",
     "verifier": "verifiers",
     "regulariser": "regularizers",
+    "weighting": "weightings",
+    "perturbation": "weight_perturbations",
     "hook": "hooks",
 }
 

@@ -26,6 +26,8 @@ def changed() -> Settings:
         lr_schedule="milestones:at=1+2",
         eps_schedule="linear:start=0,end=2",
         regularizers=("shi", "l1:weight=1e-06"),
+        weightings=("dafa",),
+        weight_perturbation="awp:gamma=0.01",
         hooks=("precise_bn",),
         init="ibp",
         clip_norm=0.0,

@@ -349,7 +349,7 @@ class Seen:
 
 def observed(settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch) -> Seen:
     seen = Seen([], [], [], [])
-    whole, gradients_of = trainer._Run._step, step_gradients
+    whole, loss_of = trainer._Run._step, trainer.BatchLoss
 
     def step(self: Any, index: Tensor) -> dict[str, float]:
         values = whole(self, index)
@@ -357,13 +357,13 @@ def observed(settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch) -> 
         seen.norms.append(torch.stack([p.grad.norm() for p in self.model.parameters()]).norm().item())
         return values
 
-    def noting(graph: Any, x: Tensor, y: Tensor, moment: StepPlan, settings: Settings) -> dict[str, Tensor]:
-        seen.eps.append(moment.eps_fraction)
-        seen.objectives.append(type(moment.objective).__name__)
-        return gradients_of(graph, x, y, moment, settings)
+    def noting(graph: Any, x: Tensor, y: Tensor, plan: StepPlan, *rest: Any) -> Any:
+        seen.eps.append(plan.eps_fraction)
+        seen.objectives.append(type(plan.objective).__name__)
+        return loss_of(graph, x, y, plan, *rest)
 
     monkeypatch.setattr(trainer._Run, "_step", step)
-    monkeypatch.setattr(trainer, "step_gradients", noting)
+    monkeypatch.setattr(trainer, "BatchLoss", noting)
     train(settings, out, progress=False)
     return seen
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from robust import trainer
-from robust.hook import HOOKS, Moment
+from robust.active import Moment
+from robust.hook import HOOKS
 from robust.trainer import train
 from tests.robust.runs import tiny, weights
 

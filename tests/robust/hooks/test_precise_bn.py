@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from robust import trainer
+from robust.active import Moment
 from robust.batch_norm import has_batch_norm, reestimate_statistics
-from robust.hook import HOOKS, Moment
+from robust.hook import HOOKS
 from robust.trainer import train
 from tests.robust.runs import tiny
 

@@ -1,0 +1,77 @@
+"""Registry of weightings: factors on the loss terms, the radius and the attack's steps, per example or per class.
+
+A weighting is a frozen dataclass; one that learns from the run (class statistics, past losses) has `start(run)`, see
+`robust.active`. Several of them act one behind the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal, NamedTuple
+
+from torch import Tensor
+
+from attacks.registry import Registry
+from robust.views import Views
+
+WEIGHTINGS = Registry("weighting", "robust.weightings")
+
+DIVERGENCES = frozenset({"kl"})
+"""Terms that compare two predictions; all others compare a prediction, or a bound of it, with the label."""
+
+
+class Radius(NamedTuple):
+    """Factors on the radius and on the length of the attack's steps, each `[B]`."""
+
+    eps: Tensor
+    step: Tensor
+
+
+class Weighting:
+    """Base of all weightings; what a method leaves out changes nothing.
+
+    Attributes:
+        needs_kappa: whether `views.kappa` is read; attacks then count it.
+    """
+
+    needs_kappa: ClassVar[bool] = False
+
+    def radius(self, y: Tensor) -> Radius | None:
+        """Factors for examples with the labels y `[B]`, asked for before the attack; None for 1."""
+        return None
+
+    def __call__(self, views: Views, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The objective's terms, each `[B]`, times their weights; a weighting may also replace terms."""
+        return terms
+
+
+Normalisation = Literal["none", "mean_one", "sum_one"]
+
+
+def weighted(terms: dict[str, Tensor], weight: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """The terms, of which those named are multiplied by `weight` `[B]`."""
+    return {name: weight * value if name in names else value for name, value in terms.items()}
+
+
+def label_terms(terms: dict[str, Tensor]) -> list[str]:
+    """Names of the terms that compare with the label."""
+    return [name for name in terms if name not in DIVERGENCES]
+
+
+def normalised(weight: Tensor, rule: Normalisation) -> Tensor:
+    """Weights `[B]` scaled to mean 1 or to sum 1 over the batch; 0 throughout stays 0."""
+    if rule == "none":
+        return weight
+    total = weight.sum().clamp(min=1e-12)
+    return weight / total if rule == "sum_one" else weight * (len(weight) / total)
+
+
+def radius_of(weightings: Sequence[Weighting], y: Tensor) -> Radius | None:
+    """Product of all weightings' factors."""
+    product = None
+    for weighting in weightings:
+        factors = weighting.radius(y)
+        if factors is not None:
+            one = product or Radius(*(factors.eps.new_ones(()),) * 2)
+            product = Radius(one.eps * factors.eps, one.step * factors.step)
+    return product
