@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robust import trainer
+from robust import run_setup, trainer
 from robust.active import Active, Moment, RunFacts
+from robust.augmentation import Augmentation
 from robust.auxiliary import AveragedModel, FrozenModel, PastLogits, TrainedAlong
 from robust.cli import main
+from robust.dataset import DATASETS, DataSet
 from robust.objective import OBJECTIVES, cross_entropy
 from robust.run_setup import CHECKPOINT, SETTINGS
 from robust.settings import Settings, parse_recipe
@@ -196,8 +198,21 @@ def test_replays_show_each_mini_batch_twice_with_the_same_augmentation_and_train
         seen.append((index, copy.deepcopy(self.objective.teacher.model.state_dict())))
         return values
 
+    images: list[Tensor] = []
+    loss_of = trainer.BatchLoss
+
+    def noting(graph: Any, x: Tensor, *rest: Any) -> Any:
+        images.append(x)
+        return loss_of(graph, x, *rest)
+
+    digits = DATASETS.parse("digits")(None)
+    moved = DataSet(**{**vars(digits), "augmentation": Augmentation(crop_padding=2)})
+    monkeypatch.setattr(run_setup, "parse_dataset", lambda text: lambda root: moved)
+    monkeypatch.setattr(trainer, "BatchLoss", noting)
     monkeypatch.setattr(trainer._Run, "_step", step)
     train(tiny(objective="free_for_test", epochs=1, batch_size=400, eps_schedule="constant"), tmp_path, progress=False)
+    assert all(torch.equal(images[i], images[i + 1]) for i in range(0, 8, 2))
+    assert not torch.equal(images[0], digits.train.batch(seen[0][0])[0])
     orders = [index for index, _ in seen]
     assert len(orders) == 8 and all(torch.equal(orders[i], orders[i + 1]) for i in range(0, 8, 2))
     assert sorted(torch.cat(orders[::2]).tolist()) == list(range(1293))
