@@ -29,7 +29,6 @@ from torch import Tensor
 from certify.graph import Snapshot
 from certify.interval import BallImage, Interval
 from certify.op import Op
-from certify.ops.max_pool import MaxPool2d
 from certify.region import Region
 
 Precision = Literal["float32", "float64"]
@@ -58,9 +57,13 @@ def rounding_size(snapshot: Snapshot, region: Region) -> Tensor:
             terms = [torch.hypot(size, _magnitude(box)) for size, box in zip(reached, inputs, strict=True)]
             sizes.append(torch.hypot(_spread(node.op, terms), _constant(node.op, inputs)))
         else:
-            # Nonlinear ops change a value by no more than their input changes.
-            sizes.append(node.op.forward(*reached) if isinstance(node.op, MaxPool2d) else reached[0])
+            sizes.append(node.op.carried(*reached))
     return sizes[-1]
+
+
+def rounding_at_points(snapshot: Snapshot, x: Tensor) -> Tensor:
+    """`rounding_size` for bounds that evaluate the network at the points `x` alone, not on sets around them."""
+    return rounding_size(snapshot, Region(x, torch.zeros_like(x), x))
 
 
 def _magnitude(box: Interval) -> Tensor:
