@@ -71,18 +71,16 @@ class L2Net(nn.Sequential):
 
     @torch.no_grad()
     def start_(self, generator: torch.Generator) -> None:
-        """Starting weights: orthogonal, but close to the identity in residual layers; random iterates."""
-        for layer in self:
-            start = getattr(layer, "start_", None)
-            if start is not None:
-                start(generator)
-            elif isinstance(layer, nn.Conv2d | nn.Linear) and layer is not self[-1]:
-                residual = _residual(layer)
-                stored = stored_weight(layer)
-                if residual is None:
-                    nn.init.orthogonal_(stored, generator=generator)
-                else:
-                    residual.start_(stored, generator)
+        """Starting weights: orthogonal, or what a layer or parametrization has a method `start_` for; random iterates."""
+        *front, _ = self
+        for layer in front:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.orthogonal_(stored_weight(layer), generator=generator)
+                for part in parametrizations(layer):
+                    if hasattr(part, "start_"):
+                        part.start_(stored_weight(layer), generator)
+            elif hasattr(layer, "start_"):
+                layer.start_(generator)
         for place in self.measured:
             iterate = self.get_buffer(_iterate(place))
             iterate.copy_(torch.randn(iterate.shape, generator=generator, device=generator.device))
@@ -190,11 +188,11 @@ def stored_weight(layer: nn.Conv2d | nn.Linear) -> Tensor:
     return layer.weight
 
 
-def _residual(layer: nn.Module) -> Residual | None:
+def parametrizations(layer: nn.Module) -> list[nn.Module]:
+    """What makes the effective weight of a layer from the stored one, in order."""
     if not parametrize.is_parametrized(layer, "weight"):
-        return None
-    found = [part for part in layer.parametrizations["weight"] if isinstance(part, Residual)]  # type: ignore[index, union-attr]
-    return found[0] if found else None
+        return []
+    return list(layer.parametrizations["weight"])  # type: ignore[index, union-attr, arg-type]
 
 
 def _iterate(place: int) -> str:

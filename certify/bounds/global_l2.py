@@ -98,6 +98,7 @@ def _rows(snapshot: Snapshot, x: Tensor) -> _Rows:
     return _Rows(last.op.forward(features), size, constant)
 
 
+@torch.no_grad()
 def lipschitz_constants(nodes: Sequence[Node]) -> list[Tensor]:
     """l2 Lipschitz constant, as an upper bound, of every node's value as a function of the input; float64 scalars.
 
