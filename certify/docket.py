@@ -103,9 +103,7 @@ class Docket:
         """Examples without a verdict that have time left."""
         return [i for i, case in enumerate(self.cases) if case.verdict is None and case.seconds < self.timeout]
 
-    def prove(
-        self, method: str, bound: BoundMethod, batch_size: int, arithmetic: Arithmetic = rounding_size
-    ) -> None:
+    def prove(self, method: str, bound: BoundMethod, batch_size: int, arithmetic: Arithmetic = rounding_size) -> None:
         """Bound the open margins; an example whose last target is proven is certified by `method`."""
         for index in _chunks(self.open(), batch_size):
             with self._timed(index), exact_arithmetic(), torch.no_grad():

@@ -11,7 +11,7 @@ upper bounds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -71,8 +71,8 @@ class L2Net(nn.Sequential):
 
     @torch.no_grad()
     def start_(self, generator: torch.Generator) -> None:
-        """Starting weights: orthogonal, or what a layer or parametrization has a method `start_` for; random iterates."""
-        *front, _ = self
+        """Orthogonal starting weights, but where a layer or parametrization has a `start_` itself; random iterates."""
+        front: list[Any] = list(self)[:-1]
         for layer in front:
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.orthogonal_(stored_weight(layer), generator=generator)
@@ -90,7 +90,7 @@ class L2Net(nn.Sequential):
 class Residual(nn.Module):
     """Parametrization W -> I + scale * gain * W, gain one trained number per output; W dense or a convolution.
 
-    The shortcut and its branch are one linear map, whose norm is measured as a whole: 1 + ||branch|| would be loose, and
+    Shortcut and branch are one linear map, whose norm is measured as a whole: 1 + ||branch|| would be loose, and
     compound with depth (LiResNet: Hu et al. 2023).
     """
 
@@ -113,7 +113,10 @@ class Residual(nn.Module):
 
 
 class UnitRows(nn.Module):
-    """Parametrization of the last layer: rows of norm 1, so that two logits differ by at most 2 K (Singla et al. 2022)."""
+    """Parametrization of the last layer: rows of norm 1, so that differences of logits are 2 K-Lipschitz at most.
+
+    Source: Singla et al. 2022, "last layer normalization".
+    """
 
     def forward(self, weight: Tensor) -> Tensor:
         return F.normalize(weight, dim=1)
@@ -181,18 +184,26 @@ class L2Layers:
         return L2Net(*self.layers, last, measured=self.measured)
 
 
-def stored_weight(layer: nn.Conv2d | nn.Linear) -> Tensor:
+def stored_weight(layer: nn.Module) -> Tensor:
     """The weight that is trained: what an effective weight is computed from, where it is."""
-    if parametrize.is_parametrized(layer, "weight"):
-        return layer.parametrizations["weight"].original  # type: ignore[index, union-attr, return-value]
-    return layer.weight
+    chain = _chain(layer)
+    weight = layer.weight if chain is None else chain.original
+    assert isinstance(weight, Tensor)
+    return weight
 
 
-def parametrizations(layer: nn.Module) -> list[nn.Module]:
+def parametrizations(layer: nn.Module) -> list[Any]:
     """What makes the effective weight of a layer from the stored one, in order."""
+    chain = _chain(layer)
+    return [] if chain is None else list(chain)
+
+
+def _chain(layer: nn.Module) -> parametrize.ParametrizationList | None:
     if not parametrize.is_parametrized(layer, "weight"):
-        return []
-    return list(layer.parametrizations["weight"])  # type: ignore[index, union-attr, arg-type]
+        return None
+    chain = layer.get_submodule("parametrizations.weight")
+    assert isinstance(chain, parametrize.ParametrizationList)
+    return chain
 
 
 def _iterate(place: int) -> str:

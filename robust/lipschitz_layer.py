@@ -1,7 +1,7 @@
 """Registry of layers that are 1-Lipschitz in l2 by construction, and what several of them share.
 
-"By construction" holds in exact arithmetic; training relies on it. Certificates do not: `certify` captures the effective
-weights and bounds their norms itself.
+"By construction" holds in exact arithmetic; training relies on it. Certificates do not: `certify` captures the
+effective weights and bounds their norms itself.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from attacks.registry import Registry
 from certify.op import RULES, Call, Op
 from certify.ops import circular_conv
+from robust.l2_net import stored_weight
 
 LIPSCHITZ_LAYERS = Registry("1-Lipschitz layer", "robust.lipschitz_layers")
 
@@ -44,9 +45,9 @@ MatrixMap = Callable[[Tensor], Tensor]
 
 
 class Mapped(nn.Module):
-    """Parametrization of a dense layer's weight, or of a convolution that cuts its image into patches (stride = kernel).
+    """Parametrization of the weight of a dense layer, or of a convolution with stride = kernel.
 
-    The latter is a matrix as well: patches do not overlap.
+    The latter cuts its image into patches that do not overlap, and is a matrix as well.
     """
 
     def __init__(self, function: MatrixMap) -> None:
@@ -58,7 +59,7 @@ class Mapped(nn.Module):
 
 
 class MappedSpectrum(nn.Module):
-    """Parametrization of a kernel `[out, in, k, k]` into one of the image's size whose matrix at each frequency is mapped.
+    """Parametrization of a kernel `[out, in, k, k]`: one of the image's size, whose matrix at each frequency is mapped.
 
     The kernel is centred: its middle tap is at place (0, 0) of the ring.
     """
@@ -112,7 +113,7 @@ class CircularConv2d(nn.Module):
     @torch.no_grad()
     def start_(self, generator: torch.Generator) -> None:
         """Orthogonal weights, as of a dense layer."""
-        nn.init.orthogonal_(self.parametrizations.weight.original, generator=generator)  # type: ignore[union-attr, arg-type]
+        nn.init.orthogonal_(stored_weight(self), generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return circular_conv.CircularConv2d(self.weight, self.bias).forward(x)

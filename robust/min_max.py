@@ -12,7 +12,7 @@ from certify.ops import min_max
 class MinMax(nn.Module):
     """Pairs channel i with channel i + C/2 of `[B, C, ...]`: the maximum goes to the first, the minimum to the second.
 
-    1-Lipschitz in l2 and gradient norm preserving: where ReLU deletes, it sorts. Source: Anil et al. 2019 (GroupSort 2).
+    1-Lipschitz in l2 and gradient norm preserving: where ReLU deletes, it sorts. Source: Anil et al. 2019.
     """
 
     def forward(self, x: Tensor) -> Tensor:

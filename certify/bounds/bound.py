@@ -54,7 +54,8 @@ def bound(
         options: of the method, such as `iterations=100` of alpha_crown.
 
     Returns:
-        Bounds with `[B, R]` each, differentiable with respect to the model's parameters (not alpha_crown, not global_l2).
+        Bounds with `[B, R]` each, differentiable with respect to the model's parameters (but for alpha_crown and
+        global_l2).
     """
     if method not in BOUNDS:
         raise ValueError(f"no bound method {method!r}; known: {', '.join(BOUNDS)}")

@@ -15,7 +15,8 @@ from certify.ops.affine import Conv2d
 class Exponential(AffineOp):
     """`sum over k <= terms of S^k v / k! + bias`, S the zero-padded convolution with `weight` `[C, C, k, k]`, k odd.
 
-    `in_shape` is (C, H, W) of one example. Where S is skew-symmetric its exponential is orthogonal, and the series is so up to the terms left out.
+    `in_shape` is (C, H, W) of one example. Where S is skew-symmetric its exponential is orthogonal, and the series is
+    so up to the terms left out.
     """
 
     weight: Tensor

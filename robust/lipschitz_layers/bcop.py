@@ -41,7 +41,7 @@ def orthonormal(weight: Tensor) -> Tensor:
 
 
 class _BlockConvolutions(nn.Module):
-    """Makes a kernel `[C, C, k, k]` of an orthogonal matrix, which the stored kernel's middle tap gives, and projections."""
+    """Makes a kernel `[C, C, k, k]` of projections and an orthogonal matrix, that of the stored kernel's middle tap."""
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()

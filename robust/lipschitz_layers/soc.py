@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from certify.op import RULES, Call, Op
 from certify.ops.exponential import Exponential
+from robust.l2_net import stored_weight
 from robust.lipschitz_layer import LIPSCHITZ_LAYERS, mapped_linear
 
 
@@ -68,7 +69,7 @@ class SkewConv(nn.Module):
     @torch.no_grad()
     def start_(self, generator: torch.Generator) -> None:
         """Normal weights of standard deviation 1 / fan_in: the layer is close to the identity."""
-        stored = self.parametrizations.weight.original  # type: ignore[union-attr, operator]
+        stored = stored_weight(self)
         noise = torch.randn(stored.shape, generator=generator, device=generator.device)
         stored.copy_(noise / stored[0].numel())
 

@@ -19,9 +19,8 @@ from robust.model import MODELS
 class LipschitzCNN:
     """Stages of convolutions of one kind with MinMax, each behind a 2x2 patch layer; FC layers, logits with unit rows.
 
-    Stage s has 2^s times the width on half the pixels of the one before. What changes shape (patches, the first FC
-    layer) is made orthogonal by Cholesky's factorisation; `layer` does the rest. The design is ours, after the "ConvNet" of
-    Prach et al. 2024.
+    Stage s has 2^s times the width, on a quarter of the pixels of the one before. What changes shape (patches, the
+    first FC layer) is made orthogonal by Cholesky's factorisation; `layer` does the rest. The design is ours.
 
     Args:
         layer: the 1-Lipschitz layer.

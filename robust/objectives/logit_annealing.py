@@ -17,9 +17,9 @@ from robust.views import Views
 @OBJECTIVES.register("logit_annealing")
 @dataclass(frozen=True)
 class LogitAnnealing:
-    """-T (1 - p)^focus log p, p the label's probability of the logits (EMMA's - offset * onehot) / T, T the temperature.
+    """-T (1 - p)^focus log p: p is the label's probability by the logits (EMMA's - offset * onehot) / T.
 
-    Needs an l2 ball and an L2Net. Source: Lai et al. 2025 (BRONet).
+    T is the temperature. Needs an l2 ball and an L2Net. Source: Lai et al. 2025 (BRONet).
 
     Args:
         offset, temperature, focus: 2, 0.75 and 5 in the paper.

@@ -45,8 +45,10 @@ def jacobian(layer: nn.Module, x: Tensor) -> Tensor:
     return found.reshape(x.numel(), x.numel())
 
 
-@pytest.mark.parametrize(("kind", "scale"), [("dense", 0.03), ("dense", 30.0), ("conv", 0.03), ("conv", 30.0), ("wide_kernel", 1.0)])
-def test_singular_values_are_at_most_one_and_one_where_the_layer_is_orthogonal(name: str, kind: str, scale: float) -> None:
+@pytest.mark.parametrize(
+    ("kind", "scale"), [("dense", 0.03), ("dense", 30.0), ("conv", 0.03), ("conv", 30.0), ("wide_kernel", 1.0)]
+)
+def test_singular_values_are_at_most_one_and_one_where_it_is_orthogonal(name: str, kind: str, scale: float) -> None:
     layer, shape = build(name, kind, 0, scale)
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(jacobian(layer, x))
