@@ -106,7 +106,7 @@ class CircularConv2d(nn.Module):
         super().__init__()
         if kernel > min(size):
             raise ValueError(f"a kernel of {kernel} does not fit a ring of {size[0]}x{size[1]}; use a smaller one")
-        self.weight = nn.Parameter(torch.empty(channels, channels, kernel, kernel, device="cpu").normal_())
+        self.weight = nn.Parameter(torch.empty(channels, channels, kernel, kernel).normal_())
         self.bias = nn.Parameter(torch.zeros(channels))
         parametrize.register_parametrization(self, "weight", spectrum, unsafe=True)
 

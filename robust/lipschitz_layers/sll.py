@@ -46,7 +46,7 @@ class PotentialStep(nn.Module):
 
     def __init__(self, shape: torch.Size, least: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape, device="cpu").normal_())
+        self.weight = nn.Parameter(torch.empty(shape).normal_())
         self.bias = nn.Parameter(torch.zeros(shape[0]))
         self.log_q = nn.Parameter(torch.zeros(shape[0]))
         self.least, self.padding = least, shape[-1] // 2 if len(shape) == 4 else None

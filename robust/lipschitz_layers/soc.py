@@ -54,7 +54,7 @@ class SkewConv(nn.Module):
         super().__init__()
         if kernel % 2 == 0:
             raise ValueError(f"soc: a skew-symmetric convolution needs an odd kernel, got {kernel}")
-        self.weight = nn.Parameter(torch.empty(channels, channels, kernel, kernel, device="cpu").normal_())
+        self.weight = nn.Parameter(torch.empty(channels, channels, kernel, kernel).normal_())
         self.bias = nn.Parameter(torch.zeros(channels))
         self.in_shape, self.train_terms, self.terms = (channels, *size), train_terms, terms
         parametrize.register_parametrization(self, "weight", _Skew())

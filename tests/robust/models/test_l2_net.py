@@ -21,6 +21,8 @@ from robust.model import MODELS
 SHAPE = (3, 16, 16)
 TEXTS = [
     "liresnet:depth=2,width=4,hidden=8",
+    "liresnet:depth=1,width=4,hidden=8,residual_dense=2",
+    "liresnet:depth=2,width=4,hidden=8,layer=(bro)",
     "gloro_cnn:channels=4+6,strides=2+2,hidden=8+6",
     "gloro_cnn:channels=4,strides=2,hidden=8,activation=relu,unit_rows=true",
     *(f"lipschitz_cnn:layer={name},width=4,stages=2,blocks=1,kernel=3,hidden=8" for name in LIPSCHITZ_LAYERS.names()),
@@ -154,7 +156,7 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(text: str, message: str) 
 
 
 def test_certificates_of_a_model_under_parametrizations_do_not_depend_on_its_mode() -> None:
-    model = build(TEXTS[3])
+    model = build(TEXTS[5])
     x: Tensor = torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(0))
     in_training = certified_radius(model, x)
     assert model.training
