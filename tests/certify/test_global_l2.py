@@ -19,6 +19,7 @@ from certify.op import UnsupportedOp
 from certify.ops.relu import ReLU
 from certify.spec import margin_spec
 from robust.lipschitz_layers.sll import SLL
+from robust.lipschitz_layers.soc import SOC
 from robust.min_max import MinMax
 from robust.relu_shrinkage import ShrunkReLU
 from tests.certify.networks import CLASSES, INPUT, KINDS, VARIANTS, Apply, network
@@ -147,6 +148,28 @@ def test_the_radius_of_a_linear_model_is_the_distance_to_its_boundary() -> None:
         assert exact * (1 - 1e-6) < float(r) <= exact
 
 
+def test_the_bounds_of_a_linear_model_are_exact() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 5)).double()
+    x, y = images(0, 3).double(), torch.tensor([0, 3, 4])
+    lb, ub = bound(model, x, L2Ball(0.3, None), spec=margin_spec(y, 5).double(), method="global_l2")
+    rows = margin_spec(y, 5).double() @ model[1].weight
+    margin = (margin_spec(y, 5).double() @ model(x).unsqueeze(2)).squeeze(2)
+    torch.testing.assert_close(lb, margin - 0.3 * rows.norm(dim=2))
+    torch.testing.assert_close(ub, margin + 0.3 * rows.norm(dim=2))
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 6])
+def test_what_a_short_series_leaves_out_is_in_the_constant(terms: int) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        layer = SOC(terms=terms).conv(3, 3, (5, 5)).double().eval()
+        layer.parametrizations.weight.original.data *= 100
+        attained = float(torch.linalg.svdvals(jacobian(layer, torch.zeros(3, 5, 5))).max())
+        assert attained > 1 or terms > 1
+        assert attained * (1 - 1e-13) <= constant_of(layer, (3, 5, 5)) <= 1.5
+
+
 def trained_like(seed: int) -> tuple[nn.Module, Tensor, Tensor]:
     """A small net whose constants are small enough for radii of the size of an attack's, with its predictions."""
     model = network([BLOCKS["min_max"]], seed, gain=0.5)
@@ -205,13 +228,17 @@ def test_classes_that_can_never_draw_level_leave_an_infinite_radius() -> None:
     assert radius.tolist() == [torch.inf] * 2 and prediction.tolist() == [0, 0]
 
 
-def test_cancellation_between_large_weights_is_never_decided_in_float32() -> None:
+@pytest.mark.parametrize("hidden", [False, True])
+def test_cancellation_between_large_weights_is_never_decided_in_float32(hidden: bool) -> None:
     for seed in range(3):
         model = cancelling(seed)
+        if hidden:  # where the last layer's own terms are small
+            model.append(nn.Linear(2, 2))
+            model[3].weight.data, model[3].bias.data = torch.eye(2), torch.zeros(2)
         x = torch.rand(50, 8, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             y = model(x).argmax(1)
-            first, _, last = model
+            first, _, last = model[:3]
             exact = last.weight.double() @ (first.weight.double() @ x.double().T + first.bias.double().unsqueeze(1))
         wrong = exact.argmax(0) != y
         verdicts = VERIFIERS.parse("global_l2")(model, x, y, L2Ball(0.0))
