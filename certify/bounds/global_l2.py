@@ -52,7 +52,7 @@ def global_l2(snapshot: Snapshot, region: Region) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def certified_radius(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def certified_radius(model: nn.Module, x: Tensor, *, batch_size: int = 100) -> tuple[Tensor, Tensor]:
     """(l2 radius within which the prediction provably stays, prediction) of each example, `[B]` and `[B]`.
 
     min over i != j of (y_j - y_i) / (K ||w_j - w_i||_2) for the predicted class j, less what rounding can do to it; 0
@@ -60,23 +60,29 @@ def certified_radius(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         x: `[B, *shape]`, of the model's precision.
+        batch_size: examples at a time.
 
     Raises:
         CaptureError, UnsupportedOp: a model that `global_l2` cannot bound.
     """
     with evaluation(model), exact_arithmetic():
-        graph = capture(model, x[:1])
-        snapshot = graph.snapshot().without_gradient()
-        logits = snapshot(x)
-        prediction = logits.argmax(1)
-        network = snapshot.with_spec(margin_spec(prediction, logits.shape[1], x.dtype))
-        rows = _rows(network, x)
-        of_scale, of_size = ALLOWANCES[x.dtype]
-        lost = torch.maximum(of_scale * rows.size, of_size * rounding_at_points(network, x))
-        margin = (rows.value - lost).clamp(min=0)
-        # A share of the radius stands for the rounding of constant and quotient. 0 / 0 is a tie: no radius.
-        radius = torch.where(margin > 0, margin / rows.constant, 0.0).amin(1) * (1 - of_scale)
-        return radius, prediction
+        snapshot = capture(model, x[:1]).snapshot().without_gradient()
+        parts = [_radius(snapshot, part) for part in x.split(batch_size)]
+    radius, prediction = zip(*parts, strict=True)
+    return torch.cat(radius), torch.cat(prediction)
+
+
+def _radius(snapshot: Snapshot, x: Tensor) -> tuple[Tensor, Tensor]:
+    logits = snapshot(x)
+    prediction = logits.argmax(1)
+    network = snapshot.with_spec(margin_spec(prediction, logits.shape[1], x.dtype))
+    rows = _rows(network, x)
+    of_scale, of_size = ALLOWANCES[x.dtype]
+    lost = torch.maximum(of_scale * rows.size, of_size * rounding_at_points(network, x))
+    margin = (rows.value - lost).clamp(min=0)
+    # A share of the radius stands for the rounding of constant and quotient. 0 / 0 is a tie: no radius.
+    radius = torch.where(margin > 0, margin / rows.constant, 0.0).amin(1) * (1 - of_scale)
+    return radius, prediction
 
 
 class _Rows(NamedTuple):
