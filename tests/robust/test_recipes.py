@@ -71,7 +71,7 @@ TABLES = {  # source -> its rows
 }
 ROWS = [row for rows in TABLES.values() for row in rows.split()]
 OURS = """
-    digits_mtl_ibp digits_sabr digits_shi_ibp mnist_01_cnn3_mtl_ibp
+    digits_mtl_ibp digits_sabr digits_shi_ibp mnist_01_cnn3_mtl_ibp cifar10_l2_36_255_liresnet_small
     mnist_01_gowal_small_mtl_ibp mnist_01_gowal_small_sabr mnist_01_gowal_small_shi_ibp""".split()
 
 FIGURES = {  # (clean, certified) where the figure was read at its source or in released data; nothing from memory
