@@ -1,6 +1,7 @@
 """Decide robustness with a proof: bounds, verdicts and verifiers for `torch.nn.Module`."""
 
 from certify.bounds.bound import BOUNDS, Bounds, bound
+from certify.bounds.global_l2 import certified_radius
 from certify.graph import CaptureError, Graph, Snapshot, capture
 from certify.op import UnsupportedOp
 from certify.spec import margin_spec
@@ -10,6 +11,7 @@ from certify.verifiers.alpha_crown import AlphaCROWN
 from certify.verifiers.cascade import Cascade
 from certify.verifiers.crown import CROWN
 from certify.verifiers.crown_ibp import CROWNIBP
+from certify.verifiers.global_l2 import GlobalL2
 from certify.verifiers.ibp import IBP
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "Bounds",
     "CaptureError",
     "Cascade",
+    "GlobalL2",
     "Graph",
     "Snapshot",
     "SoundnessError",
@@ -30,6 +33,7 @@ __all__ = [
     "Verifier",
     "bound",
     "capture",
+    "certified_radius",
     "check_witness",
     "falsified",
     "margin_spec",

@@ -39,6 +39,9 @@ class Request(NamedTuple):
 BoundMethod = Callable[[Snapshot, Region, Request], tuple[Tensor, Tensor]]
 """(network that ends in its specification, region, request) -> (lower bounds, scale of rounding), each `[B, R]`."""
 
+Arithmetic = Callable[[Snapshot, Region], Tensor]
+"""(network that ends in its specification, region) -> what a bound's rounding can do to each row, `[B, R]`."""
+
 
 @dataclass
 class Case:
@@ -100,11 +103,11 @@ class Docket:
         """Examples without a verdict that have time left."""
         return [i for i, case in enumerate(self.cases) if case.verdict is None and case.seconds < self.timeout]
 
-    def prove(self, method: str, bound: BoundMethod, batch_size: int) -> None:
+    def prove(self, method: str, bound: BoundMethod, batch_size: int, arithmetic: Arithmetic = rounding_size) -> None:
         """Bound the open margins; an example whose last target is proven is certified by `method`."""
         for index in _chunks(self.open(), batch_size):
             with self._timed(index), exact_arithmetic(), torch.no_grad():
-                self._prove(index, bound)
+                self._prove(index, bound, arithmetic)
             for case in (self.cases[i] for i in index):
                 if bool(case.proven.all()):
                     margin = float(case.best.min())
@@ -138,15 +141,15 @@ class Docket:
                 self.model, point, x[0], y[0], ball, method=method, seconds=case.seconds, margin_lb=margin
             )
 
-    def _prove(self, index: list[int], bound: BoundMethod) -> None:
+    def _prove(self, index: list[int], bound: BoundMethod, arithmetic: Arithmetic) -> None:
         asked = ~torch.stack([self.cases[i].proven for i in index])
-        low, proven = self._margins(index, asked, bound, self.x.dtype)
+        low, proven = self._margins(index, asked, bound, arithmetic, self.x.dtype)
         doubtful = asked & ~proven & (low > 0)
         # Dearer arithmetic only where it can decide: an example with a target far from proven stays open anyway.
         decisive = doubtful.any(1) & (proven | doubtful | ~asked).all(1)
         some = decisive.nonzero().flatten().tolist()
         if some and self.x.dtype is not torch.float64 and self._network(torch.float64) is not None:
-            fine, sure = self._margins([index[p] for p in some], doubtful[some], bound, torch.float64)
+            fine, sure = self._margins([index[p] for p in some], doubtful[some], bound, arithmetic, torch.float64)
             low[some] = torch.where(doubtful[some], fine, low[some])
             proven[some] |= sure
             for place, needed in zip(some, sure.any(1).tolist(), strict=True):
@@ -159,7 +162,7 @@ class Docket:
             case.proven = case.proven | proven[place]
 
     def _margins(
-        self, index: list[int], asked: Tensor, bound: BoundMethod, dtype: torch.dtype
+        self, index: list[int], asked: Tensor, bound: BoundMethod, arithmetic: Arithmetic, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """(lower bounds, whether they prove their margin) of the margins asked for, `[B, K - 1]` on the CPU.
 
@@ -172,7 +175,7 @@ class Docket:
         spec = margin_spec(y, self.classes, dtype)
         rows = targets.to(x.device).unsqueeze(2).expand(-1, -1, self.classes)
         snapshot, region = network.with_spec(spec.gather(1, rows)), Region.around(x.to(dtype), ball)
-        size, counts = rounding_size(snapshot, region), wanted.to(x.device)
+        size, counts = arithmetic(snapshot, region), wanted.to(x.device)
         deadline = time.perf_counter() + sum(self.timeout - self.cases[i].seconds for i in index)
 
         def enough(low: Tensor, scale: Tensor) -> bool:

@@ -89,9 +89,10 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Graph:
-    """A model as steps that build ops from live parameters (see the module's docstring)."""
+    """A model as steps that build ops from live parameters (see the module's docstring), and the model itself."""
 
     steps: tuple[Step, ...]
+    model: nn.Module
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -242,7 +243,7 @@ class _Capture:
         with torch.no_grad():
             for node in graph.nodes:
                 self._visit(node, probe)
-        self.graph = Graph(tuple(self.steps))
+        self.graph = Graph(tuple(self.steps), model)
 
     def _visit(self, node: torch.fx.Node, probe: Tensor) -> None:
         if node.op == "placeholder":

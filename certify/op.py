@@ -77,6 +77,10 @@ class Op:
         """Numbers of an input for which tighter bounds would tighten this op; bool `[B, *in]`. Affine ops have none."""
         return box.ub > box.lb
 
+    def carried(self, *sizes: Tensor) -> Tensor:
+        """For a nonlinear op: by how much its value can change when its inputs change by no more than `sizes`."""
+        return sizes[0]
+
 
 class AffineOp(Op):
     """An affine map of one input: `forward`, `absolute` (|W| r), `transpose` (A W) and `constant` (A b)."""

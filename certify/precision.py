@@ -29,7 +29,6 @@ from torch import Tensor
 from certify.graph import Snapshot
 from certify.interval import BallImage, Interval
 from certify.op import Op
-from certify.ops.max_pool import MaxPool2d
 from certify.region import Region
 
 Precision = Literal["float32", "float64"]
@@ -49,17 +48,31 @@ def proves(low: Tensor, scale: Tensor, size: Tensor) -> Tensor:
 def rounding_size(snapshot: Snapshot, region: Region) -> Tensor:
     """Root of the sum of the squared terms on all paths from the input to each output: `[B, R]`, not negative."""
     boxes: list[Interval] = [region.interval()]
-    sizes: list[Tensor] = [_magnitude(boxes[0])]
     for node in snapshot.nodes[1:]:
-        inputs = [boxes[i] for i in node.inputs]
+        boxes.append(node.op.interval(*(boxes[i] for i in node.inputs)))
+    return _summed(snapshot, [_magnitude(box) for box in boxes])
+
+
+@torch.no_grad()
+def rounding_at_points(snapshot: Snapshot, x: Tensor) -> Tensor:
+    """`rounding_size` for bounds that evaluate the network at the points `x` alone, not on sets around them."""
+    values = [x]
+    for node in snapshot.nodes[1:]:
+        values.append(node.op.forward(*(values[i] for i in node.inputs)))
+    return _summed(snapshot, [value.abs() for value in values])
+
+
+def _summed(snapshot: Snapshot, magnitudes: list[Tensor]) -> Tensor:
+    """The sums of `rounding_size` from the greatest absolute value of every node."""
+    sizes = [magnitudes[0]]
+    for node in snapshot.nodes[1:]:
         reached = [sizes[i] for i in node.inputs]
-        boxes.append(node.op.interval(*inputs))
         if node.op.is_linear:
-            terms = [torch.hypot(size, _magnitude(box)) for size, box in zip(reached, inputs, strict=True)]
+            inputs = [magnitudes[i] for i in node.inputs]
+            terms = [torch.hypot(size, magnitude) for size, magnitude in zip(reached, inputs, strict=True)]
             sizes.append(torch.hypot(_spread(node.op, terms), _constant(node.op, inputs)))
         else:
-            # Nonlinear ops change a value by no more than their input changes.
-            sizes.append(node.op.forward(*reached) if isinstance(node.op, MaxPool2d) else reached[0])
+            sizes.append(node.op.carried(*reached))
     return sizes[-1]
 
 
@@ -77,8 +90,8 @@ def _spread(op: Op, errors: list[Tensor]) -> Tensor:
     return op.interval(*(Interval(z, e, ball) for z, e, ball in zip(zeros, errors, balls, strict=True))).radius
 
 
-def _constant(op: Op, inputs: list[Interval]) -> Tensor:
-    return op.forward(*(torch.zeros_like(box.center) for box in inputs))
+def _constant(op: Op, inputs: list[Tensor]) -> Tensor:
+    return op.forward(*(torch.zeros_like(value) for value in inputs))
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx, nn
 
+from robust.l2_net import L2Net, stored_weight
+
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
 
@@ -23,16 +25,19 @@ class Initialization(Protocol):
 def default_init_(model: nn.Module, generator: torch.Generator) -> None:
     """PyTorch's own default: weights and biases uniform in +-1/sqrt(fan_in), batch norms reset.
 
-    It is Kaiming's uniform rule for the slope sqrt(5). CTBench trains its PGD and EDAC rows from it.
+    It is Kaiming's uniform rule for the slope sqrt(5). CTBench trains its PGD and EDAC rows from it. An
+    L2Net then starts in its own way (`L2Net.start_`).
     """
     for layer in _layers(model):
         bound = 1 / math.sqrt(_fan_in(layer))
-        _draw_(layer.weight, generator, -bound, bound)
+        _draw_(stored_weight(layer), generator, -bound, bound)
         if layer.bias is not None:
             _draw_(layer.bias, generator, -bound, bound)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
             module.reset_parameters()
+    if isinstance(model, L2Net):
+        model.start_(generator)
 
 
 @torch.no_grad()

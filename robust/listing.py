@@ -12,6 +12,7 @@ from attacks.registry import Registry
 from certify.verifier import VERIFIERS
 from robust.dataset import DATASETS
 from robust.hook import HOOKS
+from robust.lipschitz_layer import LIPSCHITZ_LAYERS
 from robust.model import MODELS
 from robust.objective import OBJECTIVES
 from robust.optimizer import OPTIMIZERS
@@ -23,6 +24,7 @@ from robust.weighting import WEIGHTINGS
 
 KINDS: dict[str, Registry] = {
     "models": MODELS,
+    "lipschitz_layers": LIPSCHITZ_LAYERS,
     "data": DATASETS,
     "objectives": OBJECTIVES,
     "attacks": ATTACKS,

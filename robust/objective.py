@@ -22,7 +22,7 @@ OBJECTIVES = Registry("objective", "robust.objectives")
 
 
 class Objective(Protocol):
-    """Frozen dataclass of hyper-parameters."""
+    """Frozen dataclass of hyper-parameters; a class fact `norms` names the balls of one that is not for all."""
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
         """Terms of the loss, each `[B]`."""

@@ -43,7 +43,10 @@ def build_model(settings: Settings, data: DataSet) -> nn.Module:
 
 
 def check_texts(settings: Settings) -> None:
-    """Raise UnknownName or ValueError where a text of the settings spells no method, before anything is read."""
+    """Raise UnknownName or ValueError where a text of the settings spells no method, before anything is read.
+
+    TrainingError where a method is not for balls of the run's norm.
+    """
     parse_dataset(settings.data)
     for registry, texts in (
         (MODELS, [settings.model]),
@@ -56,7 +59,12 @@ def check_texts(settings: Settings) -> None:
         (HOOKS, settings.hooks),
     ):
         for text in texts:
-            registry.parse(text)
+            norms = getattr(registry.parse(text), "norms", (settings.norm,))
+            if settings.norm not in norms:
+                raise TrainingError(
+                    f"{registry.kind} {text} is for {', '.join(norms)} balls, the run has norm={settings.norm!r}; "
+                    "change one of them"
+                )
     parse_perturbation(settings)
 
 

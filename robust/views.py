@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -193,7 +193,7 @@ class Views:
         if last.inputs != (len(front) - 1,):
             raise ValueError(f"features need a network that ends in one layer; {last.name!r} reads {last.inputs}")
         self._refuse_parts()
-        features = self._pass_in_training(Graph(tuple(front)), x, self.moves_statistics)[0]
+        features = self._pass_in_training(replace(self.graph, steps=tuple(front)), x, self.moves_statistics)[0]
         return last.build().forward(features), features
 
     def iterate(self, x: Tensor, move: bool) -> Tensor:

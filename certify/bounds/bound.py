@@ -12,6 +12,7 @@ from attacks.threat import Ball
 from certify.bounds.alpha_crown import alpha_crown
 from certify.bounds.crown import crown
 from certify.bounds.crown_ibp import crown_ibp
+from certify.bounds.global_l2 import global_l2
 from certify.bounds.interval import ibp
 from certify.graph import Graph, Snapshot, capture
 from certify.region import Region
@@ -29,6 +30,7 @@ BOUNDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "crown_ibp": crown_ibp,
     "crown": crown,
     "alpha_crown": alpha_crown,
+    "global_l2": global_l2,
 }
 """Bound methods: (snapshot that ends in its specification, region, **options) -> (lower bounds, scale of rounding)."""
 
@@ -48,11 +50,12 @@ def bound(
         x: examples `[B, *shape]` in the pixel range of the ball.
         ball: threat model.
         spec: rows `[B, R, K]`; the logits themselves where None.
-        method: "ibp", "crown_ibp", "crown" or "alpha_crown".
+        method: "ibp", "crown_ibp", "crown", "alpha_crown" or "global_l2" (l2 balls only).
         options: of the method, such as `iterations=100` of alpha_crown.
 
     Returns:
-        Bounds with `[B, R]` each, differentiable with respect to the model's parameters (not alpha_crown).
+        Bounds with `[B, R]` each, differentiable with respect to the model's parameters (but for alpha_crown and
+        global_l2).
     """
     if method not in BOUNDS:
         raise ValueError(f"no bound method {method!r}; known: {', '.join(BOUNDS)}")

@@ -50,6 +50,9 @@ class MaxPool2d(Op):
         constant = (negative * torch.where(dominated, 0.0, ceiling)).flatten(2).sum(-1)
         return [out.view(rows, batch, *self.in_shape)], constant
 
+    def carried(self, *sizes: Tensor) -> Tensor:
+        return self.forward(*sizes)
+
     def _pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return F.max_pool2d(
             x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, return_indices=True

@@ -35,6 +35,18 @@ class AdamW:
         return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, fused=True)
 
 
+@OPTIMIZERS.register("nadam")
+@dataclass(frozen=True)
+class NAdam:
+    """Adam with Nesterov momentum (Dozat 2016)."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+
+    def __call__(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.NAdam(parameters, lr=self.lr, weight_decay=self.weight_decay)
+
+
 @OPTIMIZERS.register("radam")
 @dataclass(frozen=True)
 class RAdam:

@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robust.lipschitz_layers.cayley import Cayley
+from robust.lipschitz_layers.soc import SOC
+from robust.min_max import MinMax
+
 INPUT = (2, 5, 5)
 CLASSES = 4
 
@@ -148,6 +152,9 @@ VARIANTS: dict[str, Block] = {
     "divide": function(lambda x, b: torch.div(x, b), torch.tensor(-0.4)),
     "dropout_function": function(lambda x: F.dropout(x, 0.5, training=False)),
     "identity": layer(nn.Identity),
+    "min_max": lambda shape: nn.Sequential(nn.Conv2d(shape[0], 4, 3, padding=1), MinMax()),
+    "exponential": lambda shape: SOC(terms=4).conv(shape[0], 3, shape[1:]),
+    "circular_conv": lambda shape: Cayley().conv(shape[0], 3, shape[1:]),
     "residual_of_residual": branches(lambda x, f, g: (lambda h: h + F.relu(g(h)))(x + f(F.relu(x))), 2),
 }
 """Other forms of the same ops; tested between two ReLU layers."""

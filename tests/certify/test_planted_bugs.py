@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import certify.bounds.crown as crown_module
+import certify.ops.min_max as min_max_module
 from attacks.threat import Ball, L1Ball, L2Ball, LinfBall
 from certify.graph import CaptureError
 from certify.interval import BallImage, Interval
@@ -19,8 +20,11 @@ from certify.op import Activation, AffineOp, Box, Lines
 from certify.ops.affine import Conv2d, Linear, Pad, Scale
 from certify.ops.average_pool import Average
 from certify.ops.batch_norm import BatchNorm
+from certify.ops.circular_conv import CircularConv2d
+from certify.ops.exponential import Exponential
 from certify.ops.max_pool import MaxPool2d
 from certify.ops.merge import Add, Concat
+from certify.ops.min_max import MinMax
 from certify.ops.relu import ReLU
 from certify.ops.reshape import Permute, Reshape
 from certify.ops.s_shaped import SShaped
@@ -31,6 +35,7 @@ from tests.certify.test_soundness import images
 
 RELU = layer(nn.ReLU)
 CONV = KINDS["conv"]
+MIN_MAX = VARIANTS["min_max"]
 LINF = LinfBall(0.15)
 
 
@@ -278,6 +283,49 @@ BUGS: dict[str, tuple[Any, str, Callable[[Any], Any], list[Any], Ball]] = {
     "max pool: dominated everywhere": (MaxPool2d, "_upper", always_dominated, [KINDS["max_pool"]], LINF),
     "max pool: constant from the lower bounds": (MaxPool2d, "_upper", low_ceiling, [KINDS["max_pool"]], LINF),
     "max pool: place outside its window": (MaxPool2d, "_pool", another_winner, [KINDS["max_pool"]], LINF),
+    "min max: interval of the upper half": (MinMax, "interval", interval_of_upper_end, [RELU, MIN_MAX], LINF),
+    "min max: halves exchanged in backward": (
+        MinMax,
+        "backward",
+        wrap(lambda out, *_: ([out[0][0].roll(2, 2)], out[1])),
+        [RELU, MIN_MAX, RELU],
+        LINF,
+    ),
+    "min max: difference of the same ends": (
+        min_max_module,
+        "_difference",
+        lambda rule: lambda box: Box(*(end.chunk(2, 1)[0] - end.chunk(2, 1)[1] for end in (box.lb, box.ub))),
+        [RELU, MIN_MAX, RELU],
+        LINF,
+    ),
+    "exponential: not transposed": (
+        Exponential,
+        "transpose",
+        lambda rule: lambda op, A: op.forward(A.flatten(0, 1)).unflatten(0, A.shape[:2]),
+        [RELU, VARIANTS["exponential"], RELU],
+        LINF,
+    ),
+    "exponential: radius by signed weights": (
+        Exponential,
+        "absolute",
+        lambda rule: lambda op, r: op.forward(r),
+        [RELU, VARIANTS["exponential"], RELU],
+        LINF,
+    ),
+    "circular: not transposed": (
+        CircularConv2d,
+        "transpose",
+        lambda rule: lambda op, A: op.forward(A.flatten(0, 1)).unflatten(0, A.shape[:2]),
+        [RELU, VARIANTS["circular_conv"], RELU],
+        LINF,
+    ),
+    "circular: radius by signed weights": (
+        CircularConv2d,
+        "absolute",
+        lambda rule: lambda op, r: op.forward(r),
+        [RELU, VARIANTS["circular_conv"], RELU],
+        LINF,
+    ),
     "affine: backward without the constant": (
         AffineOp,
         "backward",

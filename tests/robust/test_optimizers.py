@@ -13,6 +13,7 @@ from robust.optimizer import OPTIMIZERS
 PLAIN = {
     "adam:lr=0.01,weight_decay=0.1": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1),
     "adamw:lr=0.01,weight_decay=0.1": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "nadam:lr=0.01,weight_decay=0.1": lambda p: torch.optim.NAdam(p, lr=0.01, weight_decay=0.1),
     "radam:lr=0.01,weight_decay=0.1": lambda p: torch.optim.RAdam(p, lr=0.01, weight_decay=0.1),
     "sgd:lr=0.01,momentum=0.8,weight_decay=0.1": lambda p: torch.optim.SGD(p, 0.01, 0.8, weight_decay=0.1),
     "sgd:lr=0.01,nesterov=true": lambda p: torch.optim.SGD(p, 0.01, 0.9, weight_decay=5e-4, nesterov=True),

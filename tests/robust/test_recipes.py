@@ -10,6 +10,7 @@ import torch
 from certify.verifier import VERIFIERS
 from robust.dataset import DATASETS, parse_dataset
 from robust.hook import HOOKS
+from robust.min_max import MinMax
 from robust.model import MODELS
 from robust.objective import OBJECTIVES
 from robust.optimizer import OPTIMIZERS
@@ -24,6 +25,8 @@ PROBLEMS = {  # data set -> channels, side, classes
     "cifar10": (3, 32, 10),
     "tiny_imagenet": (3, 64, 200),
     "imagenet64": (3, 64, 1000),
+    "cifar100": (3, 32, 100),
+    "imagenet": (3, 224, 1000),
 }
 TABLES = {  # source -> its rows
     "Shi et al. 2021": "mnist_04_shi_ibp cifar10_8_255_shi_ibp tinyimagenet_1_255_shi_ibp",
@@ -40,6 +43,13 @@ TABLES = {  # source -> its rows
     "CROWN-IBP": """
         mnist_01_crown_ibp mnist_03_crown_ibp_small mnist_04_crown_ibp
         cifar10_2_255_crown_ibp cifar10_8_255_crown_ibp cifar10_8_255_crown_ibp_medium""",
+    "GloRo": "cifar10_l2_36_255_gloro tinyimagenet_l2_36_255_gloro",
+    "LiResNet": """
+        cifar10_l2_36_255_liresnet cifar100_l2_36_255_liresnet tinyimagenet_l2_36_255_liresnet
+        imagenet_l2_36_255_liresnet imagenet_l2_1_liresnet
+        cifar10_l2_36_255_liresnet_2024 cifar100_l2_36_255_liresnet_2024 tinyimagenet_l2_36_255_liresnet_2024
+        imagenet_l2_36_255_liresnet_2024""",
+    "BRONet": "cifar10_l2_36_255_bronet cifar100_l2_36_255_bronet tinyimagenet_l2_36_255_bronet",
     "Gowal et al. 2018": "mnist_01_gowal_medium_ibp mnist_03_gowal_large_ibp mnist_03_gowal_small_ibp",
     "auto_LiRPA": """
         cifar10_8_255_crown_ibp_lirpa tinyimagenet_1_255_crown_ibp_lirpa imagenet64_1_255_crown_ibp_lirpa""",
@@ -61,7 +71,7 @@ TABLES = {  # source -> its rows
 }
 ROWS = [row for rows in TABLES.values() for row in rows.split()]
 OURS = """
-    digits_mtl_ibp digits_sabr digits_shi_ibp mnist_01_cnn3_mtl_ibp
+    digits_mtl_ibp digits_sabr digits_shi_ibp mnist_01_cnn3_mtl_ibp cifar10_l2_36_255_liresnet_small
     mnist_01_gowal_small_mtl_ibp mnist_01_gowal_small_sabr mnist_01_gowal_small_shi_ibp""".split()
 
 FIGURES = {  # (clean, certified) where the figure was read at its source or in released data; nothing from memory
@@ -102,6 +112,18 @@ FIGURES = {  # (clean, certified) where the figure was read at its source or in 
     "tinyimagenet_1_255_crown_ibp_ctbench": (28.44, 22.14),
     "tinyimagenet_1_255_sabr_ctbench": (30.58, 20.96),
     "tinyimagenet_1_255_mtl_ibp_ctbench": (35.97, 27.73),
+    "cifar10_l2_36_255_gloro": (None, 60.0),
+    "tinyimagenet_l2_36_255_gloro": (None, 22.4),
+    "cifar10_l2_36_255_liresnet": (None, 70.1),
+    "cifar100_l2_36_255_liresnet": (None, 41.5),
+    "tinyimagenet_l2_36_255_liresnet": (None, 33.6),
+    "imagenet_l2_36_255_liresnet": (None, 35.0),
+    "imagenet_l2_1_liresnet": (None, 14.2),
+    "cifar10_l2_36_255_liresnet_2024": (87.0, 78.1),
+    "cifar100_l2_36_255_liresnet_2024": (62.1, 50.1),
+    "tinyimagenet_l2_36_255_liresnet_2024": (48.4, 37.0),
+    "imagenet_l2_36_255_liresnet_2024": (49.0, 38.3),
+    "cifar10_l2_36_255_bronet": (81.57, 70.59),
 }
 
 
@@ -153,6 +175,10 @@ def test_the_network_of_a_recipe_fits_its_data(name):
 def test_the_radius_is_full_before_the_rate_falls_and_the_rate_falls_before_the_end(name):
     settings = load_recipe(name).settings
     ramp, drops = SCHEDULES.parse(settings.eps_schedule), SCHEDULES.parse(settings.lr_schedule)
+    if settings.norm == "l2":  # a cosine or a geometric decay over the whole run: the radius is full at half of it
+        assert ramp.start == 0 and ramp.end == settings.epochs / 2
+        assert getattr(drops, "end", settings.epochs) == settings.epochs
+        return
     assert 0 <= ramp.start < ramp.end <= min(drops.at)
     assert list(drops.at) == sorted(drops.at) and max(drops.at) < settings.epochs
 
@@ -171,7 +197,7 @@ def test_hooks_and_splits_suit_the_network(name):
     model, _, _ = build(name)
     settings = load_recipe(name).settings
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d)]
-    relus = [m for m in model.modules() if isinstance(m, torch.nn.ReLU)]
+    relus = [m for m in model.modules() if isinstance(m, torch.nn.ReLU | MinMax)]
     assert norms or "precise_bn" not in settings.hooks
     assert getattr(OBJECTIVES.parse(settings.objective), "classifier_relus", 1) < len(relus)
 
@@ -226,6 +252,12 @@ def test_only_cifar10_at_2_255_shrinks_relus():
         ("mnist_03_gowal_small_ibp", 0.33),
         ("mnist_01_gowal_small_sabr", 0.2),
         ("imagenet64_1_255_exp_ibp", 1 / 255),
+        ("cifar10_l2_36_255_gloro", 1.1 * 36 / 255),
+        ("tinyimagenet_l2_36_255_gloro", 0.16),
+        ("cifar10_l2_36_255_liresnet", 1.5 * 36 / 255),
+        ("cifar10_l2_36_255_liresnet_2024", 3 * 36 / 255),
+        ("imagenet_l2_36_255_liresnet_2024", 2 * 36 / 255),
+        ("imagenet_l2_1_liresnet", 1.5),
     ],
 )
 def test_the_radius_of_training_is_the_sources(name, radius):

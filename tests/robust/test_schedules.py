@@ -10,6 +10,7 @@ import pytest
 from robust.schedule import SCHEDULES, ramp_progress
 from robust.schedules.constant import Constant
 from robust.schedules.cosine import Cosine
+from robust.schedules.geometric import Geometric
 from robust.schedules.linear import Linear
 from robust.schedules.milestones import Milestones
 from robust.schedules.smooth import Smooth
@@ -74,6 +75,22 @@ def test_a_ramp_without_length_jumps(schedule):
 )
 def test_the_linear_ramp_runs_straight_between_fractional_epochs(step, value):
     assert Linear(start=20 / 3, end=40)(step, 300, 200) == pytest.approx(value, abs=1e-12)
+
+
+def test_the_linear_ramp_of_l2_training_starts_above_zero():
+    # eps_t = eps (0.1 + (m - 0.1) min(2 epoch / epochs, 1)) at m = 1.5, as a factor on 1.5 eps.
+    ramp = Linear(end=400, initial=1 / 15)
+    expected = [(0.1 + 1.4 * min(2 * epoch / 800, 1)) / 1.5 for epoch in (0, 100, 399, 400, 799)]
+    assert [ramp(epoch * 196, 196, 800) for epoch in (0, 100, 399, 400, 799)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_geometric_ramps_and_decays_have_equal_ratios():
+    ramp = Geometric(end=4)
+    assert [ramp(step, 1, 8) for step in range(6)] == pytest.approx([0.01, 10**-1.5, 0.1, 10**-0.5, 1, 1])
+    decay = Geometric(start=4, end=8, initial=1.0, final=1e-4)
+    assert [decay(step, 1, 8) for step in (0, 4, 5, 6, 8)] == pytest.approx([1, 1, 0.1, 0.01, 1e-4])
+    with pytest.raises(ValueError, match=r"equal ratios need positive ends, got 0 and 1\.0"):
+        Geometric(initial=0)
 
 
 def test_milestones_lower_the_rate_from_the_first_step_of_their_epoch():

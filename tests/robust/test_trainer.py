@@ -52,7 +52,17 @@ ADAM = tiny(
     init="ibp",
     epochs=3,
 )
-RUNS = {"sgd": SGD, "adam": ADAM}
+L2 = Settings(
+    model="liresnet:depth=2,width=4,hidden=8",
+    objective="emma:power_iterations=2",
+    norm="l2",
+    eps=0.3,
+    eps_schedule="linear:end=1,initial=1/15",
+    epochs=2,
+    validator="global_l2",
+    validate_every=2,
+)
+RUNS = {"sgd": SGD, "adam": ADAM, "l2": L2}
 
 
 @pytest.fixture(autouse=True)
@@ -65,12 +75,20 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of the two runs, trained in one go."""
+    """Folders of the runs, trained in one go."""
     torch.set_num_threads(1)
     folders = {name: tmp_path_factory.mktemp("undisturbed") / name for name in RUNS}
     for name, out in folders.items():
         train(RUNS[name], out, progress=False)
     return folders
+
+
+def test_methods_for_other_balls_than_the_runs_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"^objective emma is for l2 balls, the run has norm='linf'; change one"):
+        train(tiny(objective="emma"), tmp_path, progress=False)
+    with pytest.raises(TrainingError, match=r"^verifier global_l2 is for l2 balls, the run has norm='linf'; change"):
+        train(tiny(validator="global_l2"), tmp_path, progress=False)
+    assert not any(tmp_path.iterdir())
 
 
 # --- reproducible, interruptible

@@ -1,0 +1,55 @@
+"""MinMax: pairs of channels, sorted. The activation of networks whose l2 Lipschitz constant is kept small."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from certify.interval import Interval
+from certify.op import AnyBox, Box, Op
+from certify.ops.relu import ReLU
+
+
+@dataclass(frozen=True)
+class MinMax(Op):
+    """Channel i of the first half and channel i of the second: their maximum goes to the first, their minimum to the
+    second. An example has an even number of channels, its first axis.
+
+    With a, b the two halves and d = a - b: max(a, b) = b + relu(d) and min(a, b) = a - relu(d), so that a row
+    (p, q) . (max, min) = q . a + p . b + (p - q) . relu(d), and the lines of ReLU on the box of d bound it.
+    """
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        a, b = inputs[0].chunk(2, 1)
+        return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], 1)
+
+    def interval(self, *inputs: Interval) -> Interval:
+        (box,) = inputs
+        return Interval.from_box(self.forward(box.lb), self.forward(box.ub))
+
+    def backward(
+        self, A: Tensor, boxes: Sequence[AnyBox | None], alpha: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        box = boxes[0]
+        assert box is not None
+        p, q = A.chunk(2, 2)
+        (through,), constant = ReLU().backward(p - q, [_difference(box)])
+        return [torch.cat([q + through, p - through], 2)], constant
+
+    def loose(self, box: AnyBox) -> Tensor:
+        unstable = ReLU().loose(_difference(box))
+        return torch.cat([unstable, unstable], 1)
+
+    def carried(self, *sizes: Tensor) -> Tensor:
+        a, b = sizes[0].chunk(2, 1)
+        either = torch.maximum(a, b)
+        return torch.cat([either, either], 1)
+
+
+def _difference(box: AnyBox) -> Box:
+    """Box of first half minus second half."""
+    (la, lb), (ua, ub) = box.lb.chunk(2, 1), box.ub.chunk(2, 1)
+    return Box(la - ub, ua - lb)
