@@ -155,7 +155,7 @@ and SOVR have another loss of the label. TAPS and STAPS are a product of two los
 clean cross-entropy before."""
 
 
-@pytest.mark.parametrize("name", [n for n in OBJECTIVES.names() if n not in OTHER_LOSSES])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in OTHER_LOSSES])
 def test_radius_zero_reduces_to_the_clean_cross_entropy(name, model):
     x, y = oracle.images()
     z, _ = oracle.clean_pass(model, x)
