@@ -134,12 +134,15 @@ class Rows:
         return Box(lb.view_as(box.lb), ub.view_as(box.ub))
 
 
-def intermediate_boxes(snapshot: Snapshot, region: Region) -> Boxes:
+def intermediate_boxes(snapshot: Snapshot, region: Region, known: Boxes | None = None) -> Boxes:
     """CROWN bounds of every node that a nonlinear op reads.
 
     Each op's interval rule is applied to the tightened boxes before it; only neurons whose relaxation that leaves
     inexact get a backward pass, and the better of both bounds is kept. Nodes where the interval rule is exact, after
     the first layer, need none.
+
+    Args:
+        known: bounds that hold already, by place; what is found is cut by them.
     """
     needed = set(relaxed_inputs(snapshot))
     intervals: list[Interval] = [region.interval()]
@@ -150,6 +153,8 @@ def intermediate_boxes(snapshot: Snapshot, region: Region) -> Boxes:
         interval = node.op.interval(*(intervals[i] for i in node.inputs))
         if place in needed:
             box = Box(interval.lb, interval.ub)
+            if known is not None:
+                box = Box(torch.maximum(box.lb, known[place].lb), torch.minimum(box.ub, known[place].ub))
             mask = loose_mask(snapshot, place, box)
             if mask.any() and not _exact_by_intervals(snapshot, place, region):
                 rows = Rows.of(mask)

@@ -30,7 +30,13 @@ class Linear(AffineOp):
         return out if self.bias is None else out + self.bias
 
     def absolute(self, radius: Tensor) -> Tensor:
-        return replace(self, weight=self.weight.abs(), bias=None).forward(radius)
+        return self.absolute_part().forward(radius)
+
+    def linear_part(self) -> AffineOp:
+        return replace(self, bias=None)
+
+    def absolute_part(self) -> AffineOp:
+        return replace(self, weight=self.weight.abs(), bias=None)
 
     def interval(self, *inputs: Interval) -> Interval:
         (box,) = inputs
@@ -91,7 +97,13 @@ class Conv2d(AffineOp):
         )
 
     def absolute(self, radius: Tensor) -> Tensor:
-        return replace(self, weight=self.weight.abs(), bias=None).forward(radius)
+        return self.absolute_part().forward(radius)
+
+    def linear_part(self) -> AffineOp:
+        return replace(self, bias=None)
+
+    def absolute_part(self) -> AffineOp:
+        return replace(self, weight=self.weight.abs(), bias=None)
 
     def interval(self, *inputs: Interval) -> Interval:
         (box,) = inputs
@@ -136,6 +148,12 @@ class Scale(AffineOp):
 
     def absolute(self, radius: Tensor) -> Tensor:
         return radius * self.scale.abs()
+
+    def linear_part(self) -> AffineOp:
+        return Scale(self.scale, torch.zeros_like(self.shift))
+
+    def absolute_part(self) -> AffineOp:
+        return Scale(self.scale.abs(), torch.zeros_like(self.shift))
 
     def interval(self, *inputs: Interval) -> Interval:
         (box,) = inputs
