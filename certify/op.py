@@ -149,7 +149,6 @@ class Adjoint(AffineOp):
         return [self.map]
 
 
-
 class Activation(Op):
     """A monotone elementwise function: subclasses give `forward` and `lines`."""
 

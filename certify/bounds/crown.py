@@ -42,7 +42,14 @@ class Linear(NamedTuple):
     scale: Tensor
 
 
-def backward(snapshot: Snapshot, start: int, A: Tensor, boxes: Boxes, alphas: Alphas | None = None) -> Linear:
+def backward(
+    snapshot: Snapshot,
+    start: int,
+    A: Tensor,
+    boxes: Boxes,
+    alphas: Alphas | None = None,
+    record: dict[int, Tensor] | None = None,
+) -> Linear:
     """Linear lower bounds of the rows `A . value(start)` in terms of the input.
 
     Args:
@@ -50,6 +57,7 @@ def backward(snapshot: Snapshot, start: int, A: Tensor, boxes: Boxes, alphas: Al
         A: `[R, B, *shape of start]`.
         boxes: bounds of the inputs of nonlinear ops before `start`.
         alphas: relaxation parameters; ops without an entry use their default.
+        record: is given the coefficients of every nonlinear op's value, by place.
     """
     pending: dict[int, Tensor] = {start: A}
     constant = A.new_zeros(A.shape[:2])
@@ -59,6 +67,8 @@ def backward(snapshot: Snapshot, start: int, A: Tensor, boxes: Boxes, alphas: Al
             continue
         node = snapshot.nodes[place]
         coefficients = pending.pop(place)
+        if record is not None and not node.op.is_linear:
+            record[place] = coefficients
         free = None if alphas is None else alphas.get(place)
         sources, added = node.op.backward(coefficients, [boxes.get(i) for i in node.inputs], free)
         constant = constant + added

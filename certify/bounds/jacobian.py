@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from certify.bounds.crown import Boxes, Rows, bound_rows, crown, intermediate_boxes
+from certify.bounds.crown import Boxes, Rows, backward, bound_rows, intermediate_boxes, output_rows
 from certify.bounds.interval import interval_walk
 from certify.graph import Node, Snapshot
 from certify.interval import Interval
@@ -85,10 +85,16 @@ def _sum(nodes: list[Node], places: Sequence[int]) -> int:
 
 
 class RowNorms(NamedTuple):
-    """Upper bounds `[N]`, and the boxes of the gradients in the values of nodes that they rest on, by place."""
+    """Upper bounds of norms, and what they owe to the activations.
+
+    Attributes:
+        ub: `[N]`.
+        slack: what deciding the factors of each activation may gain: how far they let its products range, times the
+            products' coefficients in the bound, `[N, *shape]` by the activation's place. Empty for intervals.
+    """
 
     ub: Tensor
-    gradients: Boxes
+    slack: dict[int, Tensor]
 
 
 def row_norms(snapshot: Snapshot, boxes: Boxes, rows: Tensor, norm: str, method: Propagation) -> RowNorms:
@@ -104,17 +110,19 @@ def row_norms(snapshot: Snapshot, boxes: Boxes, rows: Tensor, norm: str, method:
     graph, places = gradient_graph(snapshot, boxes)
     start = _exactly(rows)
     if method == "interval":
-        box, found = interval_walk(graph, start.interval())
-        return RowNorms(_largest(box, norm), _at_nodes(found, places))
+        box, _ = interval_walk(graph, start.interval(), keep_boxes=False)
+        return RowNorms(_largest(box, norm), {})
     graph = _with_norm(graph, rows, norm)
     if method == "recurjac":
         graph = Snapshot(tuple(_flattened(node) for node in graph.nodes))
     found = intermediate_boxes(graph, start)
     ub = _largest(found[len(graph.nodes) - 3], norm)
+    coefficients: dict[int, Tensor] = {}
+    linear = backward(graph, len(graph.nodes) - 1, output_rows(graph, start), found, record=coefficients)
     if norm != "l1":
-        low, _ = crown(graph, start, found)
-        ub = torch.minimum(ub, -low[:, 0] if norm == "linf" else (-low[:, 0]).clamp(min=0).sqrt())
-    return RowNorms(ub, _at_nodes(found, places))
+        jointly = -start.minimum(linear.A, linear.constant)[0]
+        ub = torch.minimum(ub, jointly if norm == "linf" else jointly.clamp(min=0).sqrt())
+    return RowNorms(ub, _slack(graph, places, found, coefficients))
 
 
 def entry_bounds(snapshot: Snapshot, boxes: Boxes, rows: Tensor, method: Propagation) -> Box:
@@ -132,8 +140,17 @@ def entry_bounds(snapshot: Snapshot, boxes: Boxes, rows: Tensor, method: Propaga
     return everything.write(box, bound_rows(graph, last, everything, intermediate_boxes(graph, start), start))
 
 
-def _at_nodes(found: Boxes, places: dict[int, int]) -> Boxes:
-    return {place: found[at] for place, at in places.items() if at in found}
+def _slack(graph: Snapshot, places: dict[int, int], found: Boxes, coefficients: dict[int, Tensor]) -> dict[int, Tensor]:
+    slack = {}
+    origin = {at: place for place, at in places.items()}
+    for at, A in coefficients.items():
+        node = graph.nodes[at]
+        if isinstance(node.op, Gate) and node.inputs[0] in origin:
+            box = found[node.inputs[0]]
+            slack[origin[node.inputs[0]]] = (
+                A[0].abs() * torch.maximum(-box.lb, box.ub) * (node.op.upper - node.op.lower)
+            )
+    return slack
 
 
 def _exactly(rows: Tensor) -> Region:
@@ -150,7 +167,7 @@ def _with_norm(graph: Snapshot, rows: Tensor, norm: str) -> Snapshot:
     """The graph followed by minus the sum of |J_j| (linf) or of J_j^2 (l2), whose lower bound is asked for.
 
     |J| is the greatest s * J for s in [-1, 1], so a Gate has the best lines above it. For l1 the norm is read from the
-    boxes of the entries, and the square only asks for them.
+    boxes of the entries, which the squares ask for.
     """
     last = len(graph.nodes) - 1
     shape = graph.nodes[last].shape

@@ -1,7 +1,7 @@
 """Branch and bound on local Lipschitz constants: ReLUs and inputs are split, empty cells are recognised.
 
-A domain is a part of the region where some ReLUs have a sign, in a box of inputs that is cut to it. What a split says is
-used at every step: the signs' half-spaces, linear in the input by CROWN, cut the box; bounds before the activations are
+A domain is a part of the region where some ReLUs have a sign, in a box of inputs that is cut to it. What a split says
+is used at every step: the signs' half-spaces, linear in the input by CROWN, cut the box; bounds before the activations are
 computed again under them; the gradient's bounds too. A domain in which every sign is known is a cell with a constant
 Jacobian: a linear program says whether it has an interior, and then its value is attained. So the method ends at the
 exact constant of a ReLU network, unlike Shi et al. 2022, who count cells that are empty.
@@ -23,9 +23,7 @@ from certify.lipschitz.cells import THINNEST, HalfSpaces, deepest_points
 from certify.lipschitz.linear import States, select, state_boxes
 from certify.lipschitz.problem import Problem
 from certify.lipschitz.search import proven_norms
-from certify.interval import Interval
 from certify.op import Box
-from certify.ops.gate import Gate
 from certify.ops.relu import ReLU
 from certify.region import Region
 
@@ -89,8 +87,8 @@ class Domains:
 
 
 @dataclass
-class Search:
-    """State: bounds of all rows `[B * R]`, and the domains that may still hold more than is attained."""
+class State:
+    """Bounds of all rows `[B * R]` at some moment, and the domains that may still hold more than is attained."""
 
     problem: Problem
     rows: Tensor
@@ -135,7 +133,7 @@ def branch_and_bound(
         _round(search, batch_size, split)
 
 
-def _start(problem: Problem, boxes: Boxes, tolerance: float) -> Search:
+def _start(problem: Problem, boxes: Boxes, tolerance: float) -> State:
     batch, count = problem.rows.shape[:2]
     rows = problem.rows.flatten(0, 1)
     example = torch.arange(batch, device=rows.device).repeat_interleave(count)
@@ -156,16 +154,16 @@ def _start(problem: Problem, boxes: Boxes, tolerance: float) -> Search:
         {},
     )
     lb = problem.attained().flatten()
-    search = Search(problem, rows, lb, lb.clone(), domains, tolerance)
+    search = State(problem, rows, lb, lb.clone(), domains, tolerance)
     search.open = _bounded(search, domains)
     return search
 
 
-def _upper(search: Search) -> Tensor:
+def _upper(search: State) -> Tensor:
     return search.closed.scatter_reduce(0, search.open.owner, search.open.ub, "amax")
 
 
-def _close(search: Search) -> None:
+def _close(search: State) -> None:
     """Take out the domains that cannot hold more than is attained; those of one cell that has an interior included."""
     domains = search.open
     finished = domains.ub <= search.lb[domains.owner] * (1 + search.tolerance)
@@ -173,22 +171,31 @@ def _close(search: Search) -> None:
     search.open = domains.select(~finished)
 
 
-def _round(search: Search, batch_size: int, split: str) -> None:
-    """Split the domains with the greatest excess over what is attained."""
+def _round(search: State, batch_size: int, split: str) -> None:
+    """Split the domains with the greatest bounds, of each row equally many."""
     domains = search.open
-    excess = domains.ub / search.lb[domains.owner].clamp(min=torch.finfo(domains.ub.dtype).tiny)
-    chosen = torch.zeros(len(domains), dtype=torch.bool, device=excess.device)
-    chosen[excess.topk(min(batch_size, len(domains))).indices] = True
+    chosen = torch.zeros(len(domains), dtype=torch.bool, device=domains.ub.device)
+    chosen[_ranks(domains).topk(min(batch_size, len(domains)), largest=False).indices] = True
     some, rest = domains.select(chosen), domains.select(~chosen)
     best = _best_relu(some) if split == "relu" else None
-    by_sign = torch.zeros(len(some), dtype=torch.bool, device=excess.device) if best is None else best.score > 0
+    by_sign = torch.zeros(len(some), dtype=torch.bool, device=domains.ub.device) if best is None else best.score > 0
     parts = []
     if best is not None and bool(by_sign.any()):
         parts += _split_signs(some.select(by_sign), best.index[by_sign])
     if not bool(by_sign.all()):
         parts += _split_inputs(some.select(~by_sign))
-    children = _tightened(search.problem, Domains.join(parts))
-    search.open = Domains.join([rest, _settled(search, _bounded(search, children))])
+    children = _bounded(search, _nonempty(search, _tightened(search.problem, Domains.join(parts))))
+    search.open = Domains.join([rest, _without_cells(search, children)])
+
+
+def _ranks(domains: Domains) -> Tensor:
+    """Place of each domain among those of its row, from the greatest bound on: `[N]`."""
+    order = domains.ub.argsort(descending=True)
+    order = order[domains.owner[order].argsort(stable=True)]
+    owner = domains.owner[order]
+    place = torch.arange(len(order), device=owner.device)
+    first = torch.where(owner.diff(prepend=owner[:1] - 1) != 0, place, 0).cummax(0).values
+    return torch.empty_like(place).scatter(0, order, place - first)
 
 
 @dataclass(frozen=True)
@@ -281,7 +288,7 @@ def _half_spaces(snapshot: Snapshot, domains: Domains) -> HalfSpaces:
 
 
 def _clipped(half_spaces: HalfSpaces, domains: Domains) -> tuple[Tensor, Tensor, Tensor]:
-    """(lo, hi, whether a half-space misses the box): each half-space bounds each coordinate, the others at their best."""
+    """(lo, hi, whether a half-space misses the box); each bounds each coordinate, the others being at their best."""
     lo, hi = domains.lo.flatten(1), domains.hi.flatten(1)
     A, c, keep = half_spaces
     empty = torch.zeros(len(lo), dtype=torch.bool, device=lo.device)
@@ -303,19 +310,19 @@ def _clipped(half_spaces: HalfSpaces, domains: Domains) -> tuple[Tensor, Tensor,
     return lo.view_as(domains.lo), hi.view_as(domains.hi), empty
 
 
-def _bounded(search: Search, domains: Domains) -> Domains:
+def _bounded(search: State, domains: Domains) -> Domains:
     """The domains with their bounds and scores."""
     boxes = _strict(domains)
     rows = search.rows[domains.owner]
     found = row_norms(search.problem.snapshot, boxes, rows, search.problem.norm, "crown")
-    score = _scores(search.problem.snapshot, boxes, domains.signs, found.gradients)
+    score = _scores(search.problem.snapshot, domains.signs, found.slack)
     return replace(domains, ub=torch.minimum(domains.ub, found.ub), score=score)
 
 
 def _strict(domains: Domains) -> Boxes:
     """The boxes with ends at zero moved off it, so that they count as signs.
 
-    Where z >= 0 on a domain, almost everywhere z > 0 or dz = 0: then either slope of the ReLU gives the same derivative.
+    Where z >= 0 on a domain, almost everywhere z > 0 or dz = 0: then any slope gives the same derivative.
     """
     tiny = torch.finfo(domains.ub.dtype).tiny
     boxes = dict(domains.boxes)
@@ -329,53 +336,36 @@ def _strict(domains: Domains) -> Boxes:
     return boxes
 
 
-def _scores(snapshot: Snapshot, boxes: Boxes, signs: Signs, gradients: Boxes) -> dict[int, Tensor]:
-    """What an open sign leaves to the norm: the greatest gradient behind the ReLU times the reach before it.
-
-    The reach of a number is at least the sum of its derivatives' magnitudes over all inputs.
-    """
-    scores = {place: torch.zeros_like(boxes[place].lb) for place in signs}
-    first = next(iter(boxes.values())).lb
-    reach = [first.new_ones(len(first), *snapshot.nodes[0].shape)]
-    for place, node in enumerate(snapshot.nodes[1:], 1):
-        inputs = [reach[i] for i in node.inputs]
+def _scores(snapshot: Snapshot, signs: Signs, slack: dict[int, Tensor]) -> dict[int, Tensor]:
+    """What deciding each open sign may gain, by the place of the ReLUs' input."""
+    scores = {place: torch.zeros(sign.shape, dtype=torch.float64, device=sign.device) for place, sign in signs.items()}
+    for place, node in enumerate(snapshot.nodes):
         if isinstance(node.op, ReLU):
             before = node.inputs[0]
-            (gate,) = node.op.gradient([boxes[before]])
-            assert isinstance(gate, Gate)
-            gradient = gradients[place]
-            gap = torch.maximum(gradient.ub, -gradient.lb) * inputs[0] * (gate.upper - gate.lower)
-            scores[before] = torch.where(signs[before] == 0, scores[before] + gap, 0.0)
-            reach.append(inputs[0] * gate.upper)
-        elif node.op.is_linear:
-            reach.append(node.op.interval(*(Interval(torch.zeros_like(r), r) for r in inputs)).radius)
-        else:
-            reach.append(node.op.forward(*inputs))
+            gain = slack.get(place, torch.zeros_like(scores[before]))
+            scores[before] = torch.where(signs[before] == 0, scores[before] + gain, 0.0)
     return scores
 
 
-def _settled(search: Search, domains: Domains) -> Domains:
-    """The domains without the cells among them: these are empty, or have the value that is attained in them."""
-    if any(not node.op.is_linear and not isinstance(node.op, ReLU) for node in search.problem.snapshot.nodes[1:]):
-        return domains
-    unsigned = torch.stack([(score > 0).flatten(1).any(1) for score in domains.score.values()]).any(0)
-    cells = ~unsigned & (domains.ub > search.lb[domains.owner] * (1 + search.tolerance))
-    if bool(cells.any()):
-        _settle(search, domains.select(cells))
-    return domains.select(~cells)
-
-
-def _settle(search: Search, cells: Domains) -> None:
-    """Enter the values of cells that have an interior."""
-    half_spaces = _half_spaces(search.problem.snapshot, cells)
-    depth, point = deepest_points(half_spaces, cells.lo.flatten(1), cells.hi.flatten(1))
-    cells, point = cells.select(depth > THINNEST), point[depth > THINNEST].view(-1, *cells.lo.shape[1:])
-    if not len(cells):
-        return
-    search.closed.scatter_reduce_(0, cells.owner, cells.ub, "amax")
+def _nonempty(search: State, domains: Domains) -> Domains:
+    """The domains without those whose half-spaces leave no interior; what is attained deepest in the others counts."""
+    half_spaces = _half_spaces(search.problem.snapshot, domains)
+    depth, point = deepest_points(half_spaces, domains.lo.flatten(1), domains.hi.flatten(1))
+    domains, point = domains.select(depth > THINNEST), point[depth > THINNEST].view(-1, *domains.lo.shape[1:])
     problem = search.problem
-    example = cells.owner // problem.rows.shape[1]
+    example = domains.owner // problem.rows.shape[1]
     # The box is rounded outward and may reach beyond an l2 or l1 ball; what holds at a point of the ball counts.
     point = problem.ball.select(example).project(point, problem.x[example])
-    value = proven_norms(problem.snapshot, point, search.rows[cells.owner], problem.norm)
-    search.lb.scatter_reduce_(0, cells.owner, value, "amax")
+    value = proven_norms(problem.snapshot, point, search.rows[domains.owner], problem.norm)
+    search.lb.scatter_reduce_(0, domains.owner, value, "amax")
+    return domains
+
+
+def _without_cells(search: State, domains: Domains) -> Domains:
+    """The domains without the cells of a constant Jacobian: they have an interior, so that their bound is attained."""
+    if any(not node.op.is_linear and not isinstance(node.op, ReLU) for node in search.problem.snapshot.nodes[1:]):
+        return domains
+    scores = torch.cat([score.flatten(1) for score in domains.score.values()], 1)
+    cells = ~(scores > 0).any(1)
+    search.closed.scatter_reduce_(0, domains.owner[cells], domains.ub[cells], "amax")
+    return domains.select(~cells)

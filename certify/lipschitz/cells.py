@@ -42,8 +42,20 @@ class Deepest(NamedTuple):
     point: Tensor
 
 
+BLOCKS = 64
+"""Cells in one linear program: fewer cost more calls, more make each of the solver's steps dearer."""
+
+
 def deepest_points(half_spaces: HalfSpaces, lo: Tensor, hi: Tensor) -> Deepest:
-    """Deepest points of N cells in boxes `[N, d]`: one linear program for all of them, a block for each (HiGHS)."""
+    """Deepest points of N cells in boxes `[N, d]`, by linear programs with a block for each cell (HiGHS)."""
+    found = []
+    for begin in range(0, max(len(lo), 1), BLOCKS):
+        some = slice(begin, begin + BLOCKS)
+        found.append(_deepest(HalfSpaces(*(t[:, some] for t in half_spaces)), lo[some], hi[some]))
+    return Deepest(*(torch.cat(side) for side in zip(*found, strict=True)))
+
+
+def _deepest(half_spaces: HalfSpaces, lo: Tensor, hi: Tensor) -> Deepest:
     A, c, keep = (t.transpose(0, 1).double().cpu().numpy() for t in half_spaces)
     middle, radius = ((t.double().cpu().numpy()) for t in ((lo + hi) / 2, (hi - lo) / 2))
     keep = keep.astype(bool)

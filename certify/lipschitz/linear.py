@@ -50,9 +50,7 @@ def entries(problem: Problem, method: Propagation, states: States = "crown", **o
     if method not in PROPAGATIONS:
         raise ValueError(f"no method {method!r} for bounds of entries; known: {', '.join(PROPAGATIONS)}")
     boxes = state_boxes(problem, states, **options)
-    found = [
-        entry_bounds(problem.snapshot, select(boxes, owner), rows, method) for owner, rows in _problems(problem)
-    ]
+    found = [entry_bounds(problem.snapshot, select(boxes, owner), rows, method) for owner, rows in _problems(problem)]
     shape = (*problem.rows.shape[:2], *problem.x.shape[1:])
     return Box(*(torch.cat(side).view(shape) for side in zip(*found, strict=True)))
 

@@ -15,7 +15,7 @@ from certify.graph import Graph, Snapshot
 from certify.lipschitz import linear
 from certify.lipschitz.branch_and_bound import branch_and_bound
 from certify.lipschitz.enumeration import exact
-from certify.lipschitz.problem import Problem, posed
+from certify.lipschitz.problem import posed
 from certify.lipschitz.search import Search
 from certify.precision import exact_arithmetic
 

@@ -65,12 +65,15 @@ def posed(
 
 
 def _in_float64(model: nn.Module | Graph | Snapshot, x: Tensor) -> Snapshot:
-    if isinstance(model, Graph):
-        model = model.snapshot()
     if isinstance(model, nn.Module):
-        try:
-            # From widened parameters: what capture folds in float32 differs from the model by float32's rounding.
-            model = capture(copy.deepcopy(model).double(), x[:1].double()).snapshot()
-        except (CaptureError, RuntimeError):  # a forward that casts to float32 itself
-            model = capture(model, x[:1]).snapshot()
-    return model.without_gradient().to(torch.float64)
+        model = _captured(model, x)
+    snapshot = model.snapshot() if isinstance(model, Graph) else model
+    return snapshot.without_gradient().to(torch.float64)
+
+
+def _captured(model: nn.Module, x: Tensor) -> Graph:
+    try:
+        # From widened parameters: what capture folds in float32 differs from the model by float32's rounding.
+        return capture(copy.deepcopy(model).double(), x[:1].double())
+    except (CaptureError, RuntimeError):  # a forward that casts to float32 itself
+        return capture(model, x[:1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,9 +45,26 @@ class Gate(Activation):
             torch.where(loose, high, lines.upper_intercept),  # type: ignore[arg-type]
         )
 
+    def backward(
+        self, A: Tensor, boxes: Sequence[AnyBox | None], alpha: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        (box,) = boxes
+        assert box is not None
+        lines = self.lines(box)
+        assert lines.lower_intercept is not None and lines.upper_intercept is not None
+        # A+ * lower + A- * upper, with few passes over A: A * lower + A- * (upper - lower).
+        negative = A.clamp(max=0)
+        through = torch.addcmul(A * lines.lower_slope, negative, lines.upper_slope - lines.lower_slope)
+        constant = _sums(A, lines.lower_intercept) + _sums(negative, lines.upper_intercept - lines.lower_intercept)
+        return [through], constant
+
     def flattened(self) -> Gate:
         """The same gate with RecurJac's lines."""
         return replace(self, flat=True)
+
+
+def _sums(A: Tensor, intercept: Tensor) -> Tensor:
+    return torch.einsum("rbn,bn->rb", A.flatten(2), intercept.flatten(1))
 
 
 def products(box: AnyBox, lower: Tensor, upper: Tensor) -> Box:
