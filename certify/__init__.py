@@ -2,6 +2,10 @@
 
 from certify.bounds.bound import BOUNDS, Bounds, bound
 from certify.graph import CaptureError, Graph, Snapshot, capture
+from certify.lipschitz.global_constant import global_lipschitz
+from certify.lipschitz.local import LipschitzBound, jacobian_bounds, local_lipschitz, monotone_features
+from certify.lipschitz.operator_norm import operator_norm_bound
+from certify.lipschitz.radius import certified_radius
 from certify.op import UnsupportedOp
 from certify.spec import margin_spec
 from certify.verdict import SoundnessError, Verdict, check_witness, falsified
@@ -11,6 +15,7 @@ from certify.verifiers.cascade import Cascade
 from certify.verifiers.crown import CROWN
 from certify.verifiers.crown_ibp import CROWNIBP
 from certify.verifiers.ibp import IBP
+from certify.verifiers.lipschitz_margin import LipschitzMargin
 
 __all__ = [
     "BOUNDS",
@@ -23,6 +28,8 @@ __all__ = [
     "CaptureError",
     "Cascade",
     "Graph",
+    "LipschitzBound",
+    "LipschitzMargin",
     "Snapshot",
     "SoundnessError",
     "UnsupportedOp",
@@ -30,7 +37,13 @@ __all__ = [
     "Verifier",
     "bound",
     "capture",
+    "certified_radius",
     "check_witness",
     "falsified",
+    "global_lipschitz",
+    "jacobian_bounds",
+    "local_lipschitz",
     "margin_spec",
+    "monotone_features",
+    "operator_norm_bound",
 ]

@@ -85,6 +85,10 @@ class Op:
         """
         raise UnsupportedOp(f"{type(self).__name__} has no rule for the bounds of its derivative")
 
+    def lipschitz(self, norm: str) -> float:
+        """Greatest ||op(v) - op(w)|| / ||v - w|| of a nonlinear op of one input, in "linf", "l2" or "l1"."""
+        raise UnsupportedOp(f"{type(self).__name__} has no rule for its Lipschitz constant")
+
 
 class AffineOp(Op):
     """An affine map of one input: `forward`, `absolute` (|W| r), `transpose` (A W) and `constant` (A b)."""

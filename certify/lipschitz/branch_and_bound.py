@@ -1,8 +1,8 @@
 """Branch and bound on local Lipschitz constants: ReLUs and inputs are split, empty cells are recognised.
 
 A domain is a part of the region where some ReLUs have a sign, in a box of inputs that is cut to it. What a split says
-is used at every step: the signs' half-spaces, linear in the input by CROWN, cut the box; bounds before the activations are
-computed again under them; the gradient's bounds too. A domain in which every sign is known is a cell with a constant
+is used at every step: the signs' half-spaces, linear in the input by CROWN, cut the box; bounds before the activations
+and of gradients are computed again in it. A domain in which every sign is known is a cell with a constant
 Jacobian: a linear program says whether it has an interior, and then its value is attained. So the method ends at the
 exact constant of a ReLU network, unlike Shi et al. 2022, who count cells that are empty.
 """

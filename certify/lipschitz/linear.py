@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -12,8 +13,10 @@ from certify.bounds.alpha_crown import tightened_boxes
 from certify.bounds.crown import Boxes, intermediate_boxes
 from certify.bounds.interval import interval_walk
 from certify.bounds.jacobian import PROPAGATIONS, Propagation, entry_bounds, row_norms
+from certify.graph import Snapshot
 from certify.lipschitz.problem import Problem
-from certify.op import Box
+from certify.op import Box, Op
+from certify.ops.affine import Linear
 
 NUMBERS = 2**24
 """Numbers in the widest layer, over all problems that are bounded at a time; CROWN's rows have their own budget."""
@@ -39,7 +42,7 @@ def crown(problem: Problem, states: States = "crown", **options: int) -> tuple[T
 def _bounded(problem: Problem, method: Propagation, states: States, **options: int) -> tuple[Tensor, Tensor]:
     boxes = state_boxes(problem, states, **options)
     ub = [
-        row_norms(problem.snapshot, select(boxes, owner), rows, problem.norm, method).ub
+        row_norms(for_problems(problem.snapshot, owner), select(boxes, owner), rows, problem.norm, method).ub
         for owner, rows in _problems(problem)
     ]
     return torch.cat(ub).view(problem.rows.shape[:2]), problem.attained()
@@ -71,6 +74,18 @@ def state_boxes(problem: Problem, states: States, iterations: int | None = None)
 def select(boxes: Boxes, index: Tensor) -> Boxes:
     """Boxes of some members of the batch, with repetitions."""
     return {place: Box(box.lb[index], box.ub[index]) for place, box in boxes.items()}
+
+
+def for_problems(snapshot: Snapshot, owner: Tensor) -> Snapshot:
+    """The network for a batch of problems, where a specification has rows per example."""
+    return Snapshot(tuple(replace(node, op=_of(node.op, owner)) for node in snapshot.nodes))
+
+
+def _of(op: Op, owner: Tensor) -> Op:
+    if not isinstance(op, Linear) or op.weight.dim() == 2:
+        return op
+    shared = op.bias is None or op.bias.dim() == 1
+    return Linear(op.weight[owner], op.bias if shared else op.bias[owner])  # type: ignore[index]
 
 
 def _problems(problem: Problem) -> Iterator[tuple[Tensor, Tensor]]:

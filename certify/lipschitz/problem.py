@@ -56,7 +56,7 @@ def posed(
             f"x has values from {float(x.min()):g} to {float(x.max()):g}, outside the pixel range [{low:g}, {high:g}]; "
             "give pixels, or a ball with pixel_range=None"
         )
-    snapshot, wide = _in_float64(model, x), x.double()
+    snapshot, wide = in_float64(model, x), x.double()
     (classes,) = snapshot.nodes[-1].shape
     rows = torch.eye(classes, dtype=wide.dtype, device=x.device).expand(len(x), -1, -1) if spec is None else spec
     if rows.dim() != 3 or rows.shape[0] != len(x) or rows.shape[2] != classes:
@@ -64,7 +64,8 @@ def posed(
     return Problem(snapshot, wide, ball, rows.to(wide), norm, search)
 
 
-def _in_float64(model: nn.Module | Graph | Snapshot, x: Tensor) -> Snapshot:
+def in_float64(model: nn.Module | Graph | Snapshot, x: Tensor) -> Snapshot:
+    """The model's ops with today's weights, widened."""
     if isinstance(model, nn.Module):
         model = _captured(model, x)
     snapshot = model.snapshot() if isinstance(model, Graph) else model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,12 @@ class MaxPool2d(Op):
         upper = (high >= low.amax(2, keepdim=True)).to(box.lb.dtype)
         places = self._places(box.lb.device)
         return [Route(lower, torch.where(places < 0, 0.0, upper), places, self.in_shape)]
+
+    def lipschitz(self, norm: str) -> float:
+        """A maximum moves no more than its inputs do; a pixel that m windows share counts in up to m maxima."""
+        places = self._places(torch.device("cpu")).flatten()
+        shared = float(torch.bincount(places[places >= 0]).max())
+        return {"linf": 1.0, "l2": math.sqrt(shared), "l1": shared}[norm]
 
     def _pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return F.max_pool2d(

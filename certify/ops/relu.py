@@ -80,6 +80,9 @@ class ReLU(Activation):
         a = torch.full_like(box.lb, self.negative_slope)
         return [Gate(torch.where(box.lb > 0, 1.0, a), torch.where(box.ub < 0, a, 1.0))]
 
+    def lipschitz(self, norm: str) -> float:
+        return 1.0
+
 
 class _ReLUInterval(torch.autograd.Function):
     """ReLU of a box given by centre and radius.

@@ -44,6 +44,9 @@ class SShaped(Activation):
         near = torch.zeros_like(far).clamp(box.lb, box.ub)
         return [Gate(self.derivative(far), self.derivative(near))]
 
+    def lipschitz(self, norm: str) -> float:
+        return 0.25 if self.name == "sigmoid" else 1.0
+
     def default_alpha(self, box: AnyBox) -> Tensor:
         return torch.stack([self._default(box.lb, box.ub), self._default(-box.ub, -box.lb)])
 
