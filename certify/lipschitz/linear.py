@@ -24,23 +24,23 @@ NUMBERS = 2**24
 States = Literal["interval", "crown", "alpha_crown"]
 
 
-def interval(problem: Problem, states: States = "interval", **options: int) -> tuple[Tensor, Tensor]:
+def interval(problem: Problem, states: States = "interval", iterations: int | None = None) -> tuple[Tensor, Tensor]:
     """Interval arithmetic on the gradient. With states="crown" it is Fast-Lip (Weng et al. 2018)."""
-    return _bounded(problem, "interval", states, **options)
+    return _bounded(problem, "interval", states, iterations)
 
 
-def recurjac(problem: Problem, states: States = "crown", **options: int) -> tuple[Tensor, Tensor]:
+def recurjac(problem: Problem, states: States = "crown", iterations: int | None = None) -> tuple[Tensor, Tensor]:
     """RecurJac, backward direction (Zhang et al. 2019): lines of unknown sign are constants."""
-    return _bounded(problem, "recurjac", states, **options)
+    return _bounded(problem, "recurjac", states, iterations)
 
 
-def crown(problem: Problem, states: States = "crown", **options: int) -> tuple[Tensor, Tensor]:
+def crown(problem: Problem, states: States = "crown", iterations: int | None = None) -> tuple[Tensor, Tensor]:
     """Linear bounds with the best lines for every product (Shi et al. 2022, without branching)."""
-    return _bounded(problem, "crown", states, **options)
+    return _bounded(problem, "crown", states, iterations)
 
 
-def _bounded(problem: Problem, method: Propagation, states: States, **options: int) -> tuple[Tensor, Tensor]:
-    boxes = state_boxes(problem, states, **options)
+def _bounded(problem: Problem, method: Propagation, states: States, iterations: int | None) -> tuple[Tensor, Tensor]:
+    boxes = state_boxes(problem, states, iterations)
     ub = [
         row_norms(for_problems(problem.snapshot, owner), select(boxes, owner), rows, problem.norm, method).ub
         for owner, rows in _problems(problem)
@@ -48,11 +48,11 @@ def _bounded(problem: Problem, method: Propagation, states: States, **options: i
     return torch.cat(ub).view(problem.rows.shape[:2]), problem.attained()
 
 
-def entries(problem: Problem, method: Propagation, states: States = "crown", **options: int) -> Box:
+def entries(problem: Problem, method: Propagation, states: States = "crown", iterations: int | None = None) -> Box:
     """Bounds of the Jacobian's entries, each `[B, R, *shape]`."""
     if method not in PROPAGATIONS:
         raise ValueError(f"no method {method!r} for bounds of entries; known: {', '.join(PROPAGATIONS)}")
-    boxes = state_boxes(problem, states, **options)
+    boxes = state_boxes(problem, states, iterations)
     found = [entry_bounds(problem.snapshot, select(boxes, owner), rows, method) for owner, rows in _problems(problem)]
     shape = (*problem.rows.shape[:2], *problem.x.shape[1:])
     return Box(*(torch.cat(side).view(shape) for side in zip(*found, strict=True)))

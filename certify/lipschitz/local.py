@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -73,6 +74,9 @@ def local_lipschitz(
     begin = time.perf_counter()
     if method not in METHODS:
         raise ValueError(f"no method {method!r} for local Lipschitz constants; known: {', '.join(METHODS)}")
+    known = list(inspect.signature(METHODS[method]).parameters)[1:]
+    for option in set(options) - set(known):
+        raise ValueError(f"method {method!r} has no option {option!r}; options: {', '.join(known)}")
     problem = posed(model, x, ball, spec, norm, search or Search())
     with torch.no_grad(), exact_arithmetic():
         ub, lb = METHODS[method](problem, **options)
@@ -102,6 +106,9 @@ def jacobian_bounds(
 
     Arguments and errors as in `local_lipschitz`; `method` is "interval", "recurjac" or "crown".
     """
+    known = list(inspect.signature(METHODS[method]).parameters)[1:]
+    for option in set(options) - set(known):
+        raise ValueError(f"method {method!r} has no option {option!r}; options: {', '.join(known)}")
     problem = posed(model, x, ball, spec, None, Search())
     with torch.no_grad(), exact_arithmetic():
         return Bounds(*linear.entries(problem, method, **options))
