@@ -107,6 +107,10 @@ class AffineOp(Op):
         """`A b`, `[R, B]`; zero for a linear map."""
         return A.new_zeros(A.shape[:2])
 
+    def each(self, rows: Tensor) -> Tensor:
+        """The values `[R, B, *out]` of R inputs per example, `[R, B, *in]`."""
+        return self.forward(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
+
     def linear_part(self) -> AffineOp:
         """The op without its shift; itself for a linear map."""
         return self
@@ -147,7 +151,7 @@ class Adjoint(AffineOp):
         return self.magnitude.transpose(radius.unsqueeze(0)).squeeze(0)
 
     def transpose(self, A: Tensor) -> Tensor:
-        return self.map.forward(A.flatten(0, 1)).unflatten(0, A.shape[:2])
+        return self.map.each(A)
 
     def gradient(self, boxes: Sequence[AnyBox | None]) -> list[Op]:
         return [self.map]

@@ -29,6 +29,12 @@ class Linear(AffineOp):
         out = torch.einsum("brn,bn->br", self.weight, x)
         return out if self.bias is None else out + self.bias
 
+    def each(self, rows: Tensor) -> Tensor:
+        if self.weight.dim() == 2:
+            return super().each(rows)
+        out = torch.einsum("bmn,rbn->rbm", self.weight, rows)
+        return out if self.bias is None else out + self.bias
+
     def absolute(self, radius: Tensor) -> Tensor:
         return self.absolute_part().forward(radius)
 
