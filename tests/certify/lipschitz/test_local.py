@@ -207,6 +207,21 @@ def test_splitting_inputs_tightens_smooth_networks():
     assert bool((truth <= found.ub[0] * TIGHT).all())
 
 
+@pytest.mark.parametrize("options", [{"kernel_size": 2, "stride": 1}, {"kernel_size": 3, "stride": 2, "padding": 1}])
+def test_who_is_the_maximum_of_a_window_is_known_only_where_it_is_sure(options: dict):
+    model = nn.Sequential(nn.MaxPool2d(**options), nn.Flatten()).double()
+    seen = set()
+    for seed in range(20):
+        x = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        ball = LinfBall(0.05, None)
+        rows = torch.eye(model(x).shape[1], dtype=torch.float64)
+        truth = jacobians(model, cloud(x, ball, 400), rows)
+        bounds = jacobian_bounds(model, x, ball)
+        assert bool((bounds.lb[0] <= truth.amin(0)).all()) and bool((truth.amax(0) <= bounds.ub[0]).all())
+        seen |= {(float(a), float(b)) for a, b in zip(bounds.lb.flatten(), bounds.ub.flatten(), strict=True)}
+    assert seen == {(0.0, 0.0), (0.0, 1.0), (1.0, 1.0)}
+
+
 def test_proven_monotony_holds_between_points():
     model = mlp([3, 12, 3], 1)
     model[0].weight.data[:, 0].abs_(), model[2].weight.data[0].abs_(), model[2].weight.data[1].abs_().neg_()
