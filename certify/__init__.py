@@ -3,6 +3,10 @@
 from certify.bounds.bound import BOUNDS, Bounds, bound
 from certify.bounds.global_l2 import certified_radius
 from certify.graph import CaptureError, Graph, Snapshot, capture
+from certify.lipschitz.global_constant import global_lipschitz
+from certify.lipschitz.local import LipschitzBound, jacobian_bounds, local_lipschitz, monotone_features
+from certify.lipschitz.operator_norm import operator_norm_bound
+from certify.lipschitz.radius import certified_radius
 from certify.op import UnsupportedOp
 from certify.spec import margin_spec
 from certify.verdict import SoundnessError, Verdict, check_witness, falsified
@@ -13,6 +17,7 @@ from certify.verifiers.crown import CROWN
 from certify.verifiers.crown_ibp import CROWNIBP
 from certify.verifiers.global_l2 import GlobalL2
 from certify.verifiers.ibp import IBP
+from certify.verifiers.lipschitz_margin import LipschitzMargin
 
 __all__ = [
     "BOUNDS",
@@ -26,6 +31,8 @@ __all__ = [
     "Cascade",
     "GlobalL2",
     "Graph",
+    "LipschitzBound",
+    "LipschitzMargin",
     "Snapshot",
     "SoundnessError",
     "UnsupportedOp",
@@ -36,5 +43,10 @@ __all__ = [
     "certified_radius",
     "check_witness",
     "falsified",
+    "global_lipschitz",
+    "jacobian_bounds",
+    "local_lipschitz",
     "margin_spec",
+    "monotone_features",
+    "operator_norm_bound",
 ]

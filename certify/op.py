@@ -81,6 +81,18 @@ class Op:
         """For a nonlinear op: by how much its value can change when its inputs change by no more than `sizes`."""
         return sizes[0]
 
+    def gradient(self, boxes: Sequence[AnyBox | None]) -> list[Op]:
+        """For each input, the op that maps the gradient in this op's value `[B, *out]` to that in the input.
+
+        It encloses every element of Clarke's generalised Jacobian at every point of the boxes: what is not fixed there
+        is a Gate (or another op) with a range of factors.
+        """
+        raise UnsupportedOp(f"{type(self).__name__} has no rule for the bounds of its derivative")
+
+    def lipschitz(self, norm: str) -> float:
+        """Greatest ||op(v) - op(w)|| / ||v - w|| of a nonlinear op of one input, in "linf", "l2" or "l1"."""
+        raise UnsupportedOp(f"{type(self).__name__} has no rule for its Lipschitz constant")
+
 
 class AffineOp(Op):
     """An affine map of one input: `forward`, `absolute` (|W| r), `transpose` (A W) and `constant` (A b)."""
@@ -99,6 +111,18 @@ class AffineOp(Op):
         """`A b`, `[R, B]`; zero for a linear map."""
         return A.new_zeros(A.shape[:2])
 
+    def each(self, rows: Tensor) -> Tensor:
+        """The values `[R, B, *out]` of R inputs per example, `[R, B, *in]`."""
+        return self.forward(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
+
+    def linear_part(self) -> AffineOp:
+        """The op without its shift; itself for a linear map."""
+        return self
+
+    def absolute_part(self) -> AffineOp:
+        """The linear part with absolute weights; itself for a linear map whose weights are not negative."""
+        return self
+
     def interval(self, *inputs: Interval) -> Interval:
         (box,) = inputs
         return Interval(self.forward(box.center), self.absolute(box.radius))
@@ -107,6 +131,34 @@ class AffineOp(Op):
         self, A: Tensor, boxes: Sequence[AnyBox | None], alpha: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
         return [self.transpose(A)], self.constant(A)
+
+    def gradient(self, boxes: Sequence[AnyBox | None]) -> list[Op]:
+        return [Adjoint(self.linear_part(), self.absolute_part())]
+
+
+@dataclass(frozen=True)
+class Adjoint(AffineOp):
+    """The transpose of a linear map, as an op: `g -> W^T g`, which carries gradients back.
+
+    Attributes:
+        map: the linear map W.
+        magnitude: |W|.
+    """
+
+    map: AffineOp
+    magnitude: AffineOp
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.map.transpose(inputs[0].unsqueeze(0)).squeeze(0)
+
+    def absolute(self, radius: Tensor) -> Tensor:
+        return self.magnitude.transpose(radius.unsqueeze(0)).squeeze(0)
+
+    def transpose(self, A: Tensor) -> Tensor:
+        return self.map.each(A)
+
+    def gradient(self, boxes: Sequence[AnyBox | None]) -> list[Op]:
+        return [self.map]
 
 
 class Activation(Op):

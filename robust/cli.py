@@ -1,4 +1,4 @@
-"""The command line: `robust train | certify | attack | report | methods | recipes`.
+"""The command line: `robust train | certify | attack | lipschitz | report | methods | recipes`.
 
 Entry points stay thin: they read settings, call the library and print where the results are. Flags are run-level only;
 a method's hyper-parameters are fields of its text, such as `--objective mtl_ibp:ibp_weight=0.01`.
@@ -24,6 +24,7 @@ import torch
 from attacks.attack import ATTACKS
 from attacks.registry import number
 from attacks.threat import Ball, make_ball
+from certify.lipschitz.local import METHODS as LIPSCHITZ
 from certify.verifier import VERIFIERS
 from robust.allocator import keep_freed_memory
 from robust.checkpoint import Checkpoint, CheckpointError, load, load_state_dict_file
@@ -32,6 +33,7 @@ from robust.eps_curve import EpsCurve, eps_curve
 from robust.evaluate import evaluate
 from robust.files import FileInUse
 from robust.images import Images
+from robust.lipschitz import Plan, measure
 from robust.listing import KINDS, print_methods, print_recipes
 from robust.model import MODELS
 from robust.report import ROWS_FILE, Rate, Report
@@ -67,6 +69,10 @@ A run that was interrupted or killed goes on when the same command is given agai
     "attack": """examples:
   robust attack runs/digits_mtl_ibp/checkpoint.safetensors
   robust attack model.safetensors --attack pgd:steps=50,restarts=10 --limit 1000""",
+    "lipschitz": """examples:
+  robust lipschitz runs/digits_mtl_ibp/checkpoint.safetensors --limit 100
+  robust lipschitz model.safetensors --margins --states alpha_crown     with the radius that the constants certify
+  robust lipschitz model.safetensors --method bab --timeout 60 --eps 1/255""",
     "report": """example:
   robust report runs/digits_mtl_ibp/certify""",
     "methods": """examples:
@@ -143,6 +149,14 @@ def _parser() -> argparse.ArgumentParser:
     attack = _command(commands, "attack", _attack, "accuracy of a checkpoint under an attack, as a report")
     _add_evaluation(attack)
     attack.add_argument("--attack", default="apgd", help="attack and its fields (default: apgd)")
+    lipschitz = _command(
+        commands, "lipschitz", _lipschitz, "local Lipschitz constants of a checkpoint around its images"
+    )
+    _add_evaluation(lipschitz)
+    lipschitz.add_argument("--method", default="crown", choices=list(LIPSCHITZ), help="how (default: crown)")
+    lipschitz.add_argument("--margins", action="store_true", help="of the label's margins, with certified radii")
+    lipschitz.add_argument("--states", help="bounds before the activations: interval, crown or alpha_crown")
+    lipschitz.add_argument("--timeout", type=float, metavar="SECONDS", help="of branch and bound, per batch")
     report = _command(commands, "report", _report, "draw the report of a finished or running evaluation again")
     report.add_argument("folder", type=Path, help="folder with rows.jsonl")
     methods = _command(commands, "methods", _methods, "list methods and their fields")
@@ -206,7 +220,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=_count, metavar="N", default=100, help="images decided and written together (default: 100)"
     )
     parser.add_argument(
-        "--out", type=Path, help="folder of the report (default: certify/ or attack/ beside the checkpoint)"
+        "--out", type=Path, help="folder of the results (default: one beside the checkpoint, named after the command)"
     )
     parser.add_argument("--no-curve", action="store_true", help="leave out accuracy over growing radii")
     _add_machine(parser)
@@ -290,6 +304,36 @@ def _certify(options: argparse.Namespace) -> None:
 
 def _attack(options: argparse.Namespace) -> None:
     _judge(options, None, ATTACKS.parse(options.attack))
+
+
+def _lipschitz(options: argparse.Namespace) -> None:
+    device = _device(options.device)
+    checkpoint, data, ball = _problem(options)
+    images = data.test if options.split == "test" else data.train
+    if not len(images):
+        raise ValueError(f"{data.name} has no images in its part {options.split!r}; choose the other --split")
+    out = options.out or options.checkpoint.parent / "lipschitz"
+    chosen = {name: getattr(options, name) for name in ("states", "timeout") if getattr(options, name) is not None}
+    plan = Plan(
+        options.method, tuple(chosen.items()), options.margins, 0 if options.no_curve else 20, options.batch_size
+    )
+    source = {"checkpoint": str(options.checkpoint), "data": data.name, "split": options.split}
+    summary = measure(
+        checkpoint.model.to(device),
+        images,
+        ball,
+        plan,
+        out,
+        source=source,
+        classes=data.classes,
+        limit=options.limit,
+        device=device,
+        progress=not options.quiet,
+    )
+    for name in ("constant", "attained", "radius"):
+        if name in summary:
+            print(f"{name:>12}: " + ", ".join(f"{word} {value:.4g}" for word, value in summary[name].items()))
+    print(f"rows, summary and pictures of {summary['examples']} examples: {out}")
 
 
 def _judge(options: argparse.Namespace, verifier: Any, attack: Any) -> None:

@@ -312,3 +312,59 @@ def _word(name: str) -> str:
 
 def _shorten(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+LIPSCHITZ_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
+
+
+def constants_histogram(constants: Mapping[str, Sequence[float]], theme: Theme = LIGHT) -> Figure:
+    """Histogram of local Lipschitz constants on a logarithmic axis; one outline for each named group of examples."""
+    figure, (axes,) = _figure(theme, 5.4, 3.5)
+    values = [max(v, 1e-12) for group in constants.values() for v in group]
+    edges = np.geomspace(min(values) / 1.02, max(values) * 1.02, 31).tolist()
+    for (name, group), colour in zip(constants.items(), _cycled(len(constants)), strict=True):
+        axes.hist([max(v, 1e-12) for v in group], edges, histtype="stepfilled", alpha=0.35, color=colour)
+        axes.hist([max(v, 1e-12) for v in group], edges, histtype="step", linewidth=1.8, color=colour, label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel("local Lipschitz constant")
+    axes.set_ylabel("examples")
+    axes.legend(frameon=False, labelcolor=theme.text, fontsize=9.5)
+    return figure
+
+
+def constants_per_class(
+    upper: Sequence[float], lower: Sequence[float], labels: Sequence[int], classes: Sequence[str], theme: Theme = LIGHT
+) -> Figure:
+    """Mean over each class of the upper bounds (bars) and of the attained values (marks)."""
+    present = [k for k in range(len(classes)) if k in set(labels)][:MOST_CLASSES]
+    figure, (axes,) = _figure(theme, max(4.0, 0.5 * len(present) + 2), 3.5)
+    means = [
+        [float(np.mean([v for v, k in zip(side, labels, strict=True) if k == c])) for c in present]
+        for side in (upper, lower)
+    ]
+    axes.bar(range(len(present)), means[0], color=theme.certified, label="upper bound")
+    axes.plot(range(len(present)), means[1], "D", color=theme.under_attack, markersize=5, label="attained")
+    axes.set_xticks(range(len(present)), [classes[k] for k in present], rotation=45, ha="right")
+    axes.set_ylabel("mean local Lipschitz constant")
+    axes.legend(frameon=False, labelcolor=theme.text, fontsize=9.5)
+    return figure
+
+
+def constants_over_eps(
+    eps: Sequence[float], bounds: Mapping[str, tuple[Sequence[float], Sequence[float]]], theme: Theme = LIGHT
+) -> Figure:
+    """Mean (upper bound, attained value) against the radius, one pair of lines for each name."""
+    figure, (axes,) = _figure(theme, 5.4, 3.5)
+    for (name, (upper, lower)), colour in zip(bounds.items(), _cycled(len(bounds)), strict=True):
+        axes.plot(eps, upper, "-o", color=colour, linewidth=2, markersize=4, label=f"{name}, upper bound")
+        axes.plot(eps, lower, "--", color=colour, linewidth=1.6, label=f"{name}, attained")
+    axes.set_yscale("symlog", linthresh=1e-3)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("radius ε (pixel units)")
+    axes.set_ylabel("mean local Lipschitz constant")
+    axes.legend(frameon=False, labelcolor=theme.text, fontsize=9.5)
+    return figure
+
+
+def _cycled(count: int) -> list[str]:
+    return [LIPSCHITZ_COLOURS[i % len(LIPSCHITZ_COLOURS)] for i in range(count)]

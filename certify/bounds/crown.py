@@ -42,7 +42,14 @@ class Linear(NamedTuple):
     scale: Tensor
 
 
-def backward(snapshot: Snapshot, start: int, A: Tensor, boxes: Boxes, alphas: Alphas | None = None) -> Linear:
+def backward(
+    snapshot: Snapshot,
+    start: int,
+    A: Tensor,
+    boxes: Boxes,
+    alphas: Alphas | None = None,
+    record: dict[int, Tensor] | None = None,
+) -> Linear:
     """Linear lower bounds of the rows `A . value(start)` in terms of the input.
 
     Args:
@@ -50,6 +57,7 @@ def backward(snapshot: Snapshot, start: int, A: Tensor, boxes: Boxes, alphas: Al
         A: `[R, B, *shape of start]`.
         boxes: bounds of the inputs of nonlinear ops before `start`.
         alphas: relaxation parameters; ops without an entry use their default.
+        record: is given the coefficients of every nonlinear op's value, by place.
     """
     pending: dict[int, Tensor] = {start: A}
     constant = A.new_zeros(A.shape[:2])
@@ -59,6 +67,8 @@ def backward(snapshot: Snapshot, start: int, A: Tensor, boxes: Boxes, alphas: Al
             continue
         node = snapshot.nodes[place]
         coefficients = pending.pop(place)
+        if record is not None and not node.op.is_linear:
+            record[place] = coefficients
         free = None if alphas is None else alphas.get(place)
         sources, added = node.op.backward(coefficients, [boxes.get(i) for i in node.inputs], free)
         constant = constant + added
@@ -134,12 +144,15 @@ class Rows:
         return Box(lb.view_as(box.lb), ub.view_as(box.ub))
 
 
-def intermediate_boxes(snapshot: Snapshot, region: Region) -> Boxes:
+def intermediate_boxes(snapshot: Snapshot, region: Region, known: Boxes | None = None) -> Boxes:
     """CROWN bounds of every node that a nonlinear op reads.
 
     Each op's interval rule is applied to the tightened boxes before it; only neurons whose relaxation that leaves
     inexact get a backward pass, and the better of both bounds is kept. Nodes where the interval rule is exact, after
     the first layer, need none.
+
+    Args:
+        known: bounds that hold already, by place; what is found is cut by them.
     """
     needed = set(relaxed_inputs(snapshot))
     intervals: list[Interval] = [region.interval()]
@@ -150,6 +163,8 @@ def intermediate_boxes(snapshot: Snapshot, region: Region) -> Boxes:
         interval = node.op.interval(*(intervals[i] for i in node.inputs))
         if place in needed:
             box = Box(interval.lb, interval.ub)
+            if known is not None:
+                box = Box(torch.maximum(box.lb, known[place].lb), torch.minimum(box.ub, known[place].ub))
             mask = loose_mask(snapshot, place, box)
             if mask.any() and not _exact_by_intervals(snapshot, place, region):
                 rows = Rows.of(mask)

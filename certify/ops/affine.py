@@ -29,8 +29,20 @@ class Linear(AffineOp):
         out = torch.einsum("brn,bn->br", self.weight, x)
         return out if self.bias is None else out + self.bias
 
+    def each(self, rows: Tensor) -> Tensor:
+        if self.weight.dim() == 2:
+            return super().each(rows)
+        out = torch.einsum("bmn,rbn->rbm", self.weight, rows)
+        return out if self.bias is None else out + self.bias
+
     def absolute(self, radius: Tensor) -> Tensor:
-        return replace(self, weight=self.weight.abs(), bias=None).forward(radius)
+        return self.absolute_part().forward(radius)
+
+    def linear_part(self) -> AffineOp:
+        return replace(self, bias=None)
+
+    def absolute_part(self) -> AffineOp:
+        return replace(self, weight=self.weight.abs(), bias=None)
 
     def interval(self, *inputs: Interval) -> Interval:
         (box,) = inputs
@@ -91,7 +103,13 @@ class Conv2d(AffineOp):
         )
 
     def absolute(self, radius: Tensor) -> Tensor:
-        return replace(self, weight=self.weight.abs(), bias=None).forward(radius)
+        return self.absolute_part().forward(radius)
+
+    def linear_part(self) -> AffineOp:
+        return replace(self, bias=None)
+
+    def absolute_part(self) -> AffineOp:
+        return replace(self, weight=self.weight.abs(), bias=None)
 
     def interval(self, *inputs: Interval) -> Interval:
         (box,) = inputs
@@ -136,6 +154,12 @@ class Scale(AffineOp):
 
     def absolute(self, radius: Tensor) -> Tensor:
         return radius * self.scale.abs()
+
+    def linear_part(self) -> AffineOp:
+        return Scale(self.scale, torch.zeros_like(self.shift))
+
+    def absolute_part(self) -> AffineOp:
+        return Scale(self.scale.abs(), torch.zeros_like(self.shift))
 
     def interval(self, *inputs: Interval) -> Interval:
         (box,) = inputs

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from certify.interval import Interval
-from certify.op import RULES, AnyBox, Call, Op, Traced
-from certify.ops.affine import add_constant, subtract_constant
+from certify.op import RULES, AffineOp, AnyBox, Call, Op, Traced
+from certify.ops.affine import Scale, add_constant, subtract_constant
+from certify.ops.reshape import Identity
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Add(Op):
     ) -> tuple[list[Tensor], Tensor]:
         return [A, A if self.sign == 1 else -A], A.new_zeros(A.shape[:2])
 
+    def gradient(self, boxes: Sequence[AnyBox | None]) -> list[Op]:
+        one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        return [Identity(), Identity() if self.sign == 1 else Scale(-one, zero)]
+
 
 @dataclass(frozen=True)
 class Concat(Op):
@@ -54,6 +59,32 @@ class Concat(Op):
         self, A: Tensor, boxes: Sequence[AnyBox | None], alpha: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
         return list(A.split(self.sizes, self.dim + 1)), A.new_zeros(A.shape[:2])
+
+    def gradient(self, boxes: Sequence[AnyBox | None]) -> list[Op]:
+        starts = (sum(self.sizes[:i]) for i in range(len(self.sizes)))
+        return [Piece(self.dim, start, size, sum(self.sizes)) for start, size in zip(starts, self.sizes, strict=True)]
+
+
+@dataclass(frozen=True)
+class Piece(AffineOp):
+    """`size` entries from `start` on along axis `dim` (batch axis included in the count), of `total` ones."""
+
+    dim: int
+    start: int
+    size: int
+    total: int
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return inputs[0].narrow(self.dim, self.start, self.size)
+
+    def absolute(self, radius: Tensor) -> Tensor:
+        return self.forward(radius)
+
+    def transpose(self, A: Tensor) -> Tensor:
+        shape = [*A.shape[: self.dim + 1], self.total, *A.shape[self.dim + 2 :]]
+        out = A.new_zeros(shape)
+        out.narrow(self.dim + 1, self.start, self.size).copy_(A)
+        return out
 
 
 def _sum(call: Call, sign: int) -> Op:

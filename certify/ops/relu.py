@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from certify.blocks import blocks
 from certify.interval import Interval
 from certify.op import RULES, Activation, AnyBox, Call, Lines, Op
+from certify.ops.gate import Gate
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,16 @@ class ReLU(Activation):
         constant = torch.einsum("rbn,bn->rb", negative.flatten(2), lines.upper_intercept.flatten(1))
         # A- * upper + A+ * lower, with one product less: A * lower + A- * (upper - lower).
         return [torch.addcmul(A * lines.lower_slope, negative, lines.upper_slope - lines.lower_slope)], constant
+
+    def gradient(self, boxes: Sequence[AnyBox | None]) -> list[Op]:
+        (box,) = boxes
+        assert box is not None
+        # Strict signs: at 0 Clarke's set holds both slopes and all between. A box of nan stays open.
+        a = torch.full_like(box.lb, self.negative_slope)
+        return [Gate(torch.where(box.lb > 0, 1.0, a), torch.where(box.ub < 0, a, 1.0))]
+
+    def lipschitz(self, norm: str) -> float:
+        return 1.0
 
 
 class _ReLUInterval(torch.autograd.Function):

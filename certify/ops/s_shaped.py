@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from certify.op import RULES, Activation, AnyBox, Call, Lines, Op
+from certify.ops.gate import Gate
 
 BISECTIONS = 40
 
@@ -33,6 +35,17 @@ class SShaped(Activation):
         """s'(x)."""
         value = self.forward(x)
         return value * (1 - value) if self.name == "sigmoid" else 1 - value * value
+
+    def gradient(self, boxes: Sequence[AnyBox | None]) -> list[Op]:
+        """The derivative rises to its peak at 0 and falls after it."""
+        (box,) = boxes
+        assert box is not None
+        far = torch.where(box.lb.abs() > box.ub.abs(), box.lb, box.ub)
+        near = torch.zeros_like(far).clamp(box.lb, box.ub)
+        return [Gate(self.derivative(far), self.derivative(near))]
+
+    def lipschitz(self, norm: str) -> float:
+        return 0.25 if self.name == "sigmoid" else 1.0
 
     def default_alpha(self, box: AnyBox) -> Tensor:
         return torch.stack([self._default(box.lb, box.ub), self._default(-box.ub, -box.lb)])

@@ -472,3 +472,28 @@ def test_the_packages_import_without_reaching_for_the_network() -> None:
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_lipschitz_writes_rows_a_summary_and_pictures_and_goes_on(robust: Cli, checkpoint: Path) -> None:
+    common = (checkpoint, "--out", "constants", "--quiet", "--margins", "--batch-size", 3)
+    code, out, _ = robust("lipschitz", *common, "--limit", 4, "--no-curve")
+    assert code == 0 and out.splitlines()[0].strip().startswith("constant: mean ") and "radius: mean" in out
+    before = Path("constants/lipschitz.jsonl").read_bytes()
+    assert robust("lipschitz", *common, "--limit", 6)[0] == 0
+    assert Path("constants/lipschitz.jsonl").read_bytes().startswith(before)
+    records = [json.loads(line) for line in Path("constants/lipschitz.jsonl").read_text().splitlines()]
+    assert [record["kind"] for record in records] == ["header"] + ["example"] * 6
+    for row in records[1:]:
+        assert 0 < row["attained"] <= row["constant"] == max(row["ub"]) and len(row["ub"]) == 9
+        assert 0 <= row["radius"] <= records[0]["ball"]["eps"]
+    summary = json.loads(Path("constants/lipschitz_summary.json").read_text())
+    assert summary["examples"] == 6 and summary["constant"]["max"] == max(r["constant"] for r in records[1:])
+    assert summary["over_eps"]["constant"] == sorted(summary["over_eps"]["constant"])
+    pictures = {"lipschitz_histogram.png", "lipschitz_per_class.png", "lipschitz_over_eps.png"}
+    assert pictures <= {path.name for path in Path("constants").iterdir()}
+    refused(robust("lipschitz", *common, "--eps", "0.01"), "holds another measurement", "give another --out")
+    refused(robust("lipschitz", *common[:-2], "--method", "exact", "--states", "crown"), "holds another measurement")
+    refused(
+        robust("lipschitz", checkpoint, "--out", "other", "--quiet", "--method", "exact", "--states", "crown"),
+        "method 'exact' has no option 'states'; options: most",
+    )

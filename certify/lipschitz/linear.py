@@ -1,0 +1,97 @@
+"""Local Lipschitz constants by one pass of interval or linear bounds over the gradient's graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from certify.bounds.alpha_crown import tightened_boxes
+from certify.bounds.crown import Boxes, intermediate_boxes
+from certify.bounds.interval import interval_walk
+from certify.bounds.jacobian import PROPAGATIONS, Propagation, entry_bounds, row_norms
+from certify.graph import Snapshot
+from certify.lipschitz.problem import Problem
+from certify.op import Box, Op
+from certify.ops.affine import Linear
+
+NUMBERS = 2**24
+"""Numbers in the widest layer, over all problems that are bounded at a time; CROWN's rows have their own budget."""
+
+States = Literal["interval", "crown", "alpha_crown"]
+
+
+def interval(problem: Problem, states: States = "interval", iterations: int | None = None) -> tuple[Tensor, Tensor]:
+    """Interval arithmetic on the gradient. With states="crown" it is Fast-Lip (Weng et al. 2018)."""
+    return _bounded(problem, "interval", states, iterations)
+
+
+def recurjac(problem: Problem, states: States = "crown", iterations: int | None = None) -> tuple[Tensor, Tensor]:
+    """RecurJac, backward direction (Zhang et al. 2019): lines of unknown sign are constants."""
+    return _bounded(problem, "recurjac", states, iterations)
+
+
+def crown(problem: Problem, states: States = "crown", iterations: int | None = None) -> tuple[Tensor, Tensor]:
+    """Linear bounds with the best lines for every product (Shi et al. 2022, without branching)."""
+    return _bounded(problem, "crown", states, iterations)
+
+
+def _bounded(problem: Problem, method: Propagation, states: States, iterations: int | None) -> tuple[Tensor, Tensor]:
+    boxes = state_boxes(problem, states, iterations)
+    ub = [
+        row_norms(for_problems(problem.snapshot, owner), select(boxes, owner), rows, problem.norm, method).ub
+        for owner, rows in _problems(problem)
+    ]
+    return torch.cat(ub).view(problem.rows.shape[:2]), problem.attained()
+
+
+def entries(problem: Problem, method: Propagation, states: States = "crown", iterations: int | None = None) -> Box:
+    """Bounds of the Jacobian's entries, each `[B, R, *shape]`."""
+    if method not in PROPAGATIONS:
+        raise ValueError(f"no method {method!r} for bounds of entries; known: {', '.join(PROPAGATIONS)}")
+    boxes = state_boxes(problem, states, iterations)
+    found = [entry_bounds(problem.snapshot, select(boxes, owner), rows, method) for owner, rows in _problems(problem)]
+    shape = (*problem.rows.shape[:2], *problem.x.shape[1:])
+    return Box(*(torch.cat(side).view(shape) for side in zip(*found, strict=True)))
+
+
+def state_boxes(problem: Problem, states: States, iterations: int | None = None) -> Boxes:
+    """Bounds before the activations, `[B, ...]`; `iterations` of the slopes' optimisation for "alpha_crown"."""
+    if states not in get_args(States):
+        raise ValueError(f"no bounds {states!r} before the activations; known: {', '.join(get_args(States))}")
+    if iterations is not None and states != "alpha_crown":
+        raise ValueError(f'iterations={iterations} is of states="alpha_crown", not of states="{states}"')
+    if states == "interval":
+        return interval_walk(problem.snapshot, problem.region.interval())[1]
+    if states == "crown":
+        return intermediate_boxes(problem.snapshot, problem.region)
+    return tightened_boxes(problem.snapshot, problem.region, iterations=20 if iterations is None else iterations)
+
+
+def select(boxes: Boxes, index: Tensor) -> Boxes:
+    """Boxes of some members of the batch, with repetitions."""
+    return {place: Box(box.lb[index], box.ub[index]) for place, box in boxes.items()}
+
+
+def for_problems(snapshot: Snapshot, owner: Tensor) -> Snapshot:
+    """The network for a batch of problems, where a specification has rows per example."""
+    return Snapshot(tuple(replace(node, op=_of(node.op, owner)) for node in snapshot.nodes))
+
+
+def _of(op: Op, owner: Tensor) -> Op:
+    if not isinstance(op, Linear) or op.weight.dim() == 2:
+        return op
+    shared = op.bias is None or op.bias.dim() == 1
+    return Linear(op.weight[owner], op.bias if shared else op.bias[owner])  # type: ignore[index]
+
+
+def _problems(problem: Problem) -> Iterator[tuple[Tensor, Tensor]]:
+    """(examples `[N]`, rows `[N, K]`) in portions whose widest layer holds at most NUMBERS numbers."""
+    batch, count = problem.rows.shape[:2]
+    owner = torch.arange(batch, device=problem.x.device).repeat_interleave(count)
+    widest = max(int(torch.Size(node.shape).numel()) for node in problem.snapshot.nodes)
+    size = max(1, NUMBERS // widest)
+    return zip(owner.split(size), problem.rows.flatten(0, 1).split(size), strict=True)
