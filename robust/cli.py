@@ -1,4 +1,4 @@
-"""The command line: `robust train | certify | attack | report | methods | recipes`.
+"""The command line: `robust train | certify | attack | vnnlib | report | methods | recipes`.
 
 Entry points stay thin: they read settings, call the library and print where the results are. Flags are run-level only;
 a method's hyper-parameters are fields of its text, such as `--objective mtl_ibp:ibp_weight=0.01`.
@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import sys
 import textwrap
@@ -24,13 +25,14 @@ import torch
 from attacks.attack import ATTACKS
 from attacks.registry import number
 from attacks.threat import Ball, make_ball
+from certify.formats.vnnlib import Instance
 from certify.verifier import VERIFIERS
 from robust.allocator import keep_freed_memory
 from robust.checkpoint import Checkpoint, CheckpointError, load, load_state_dict_file
 from robust.dataset import DataSet, MissingData, data_root, parse_dataset
 from robust.eps_curve import EpsCurve, eps_curve
 from robust.evaluate import evaluate
-from robust.files import FileInUse
+from robust.files import FileInUse, write_whole
 from robust.images import Images
 from robust.listing import KINDS, print_methods, print_recipes
 from robust.model import MODELS
@@ -41,6 +43,7 @@ from robust.run_setup import CHECKPOINT, LOG, STATE, TrainingError, check_texts,
 from robust.schedule import SCHEDULES
 from robust.settings import Settings, load_recipe
 from robust.trainer import train
+from robust.vnncomp import decide, decide_all, result_text
 
 USER_ERRORS = (ValueError, OSError, TrainingError, FileInUse)
 """Errors whose message is meant for the user: one line, without the traceback that --debug shows."""
@@ -67,6 +70,11 @@ A run that was interrupted or killed goes on when the same command is given agai
     "attack": """examples:
   robust attack runs/digits_mtl_ibp/checkpoint.safetensors
   robust attack model.safetensors --attack pgd:steps=50,restarts=10 --limit 1000""",
+    "vnnlib": """examples:
+  robust vnnlib model.onnx property.vnnlib --timeout 60
+  robust vnnlib instances.csv --out results    lines of network,property,seconds, as in VNN-COMP
+
+Prints sat, unsat, timeout or unknown; after sat, a counterexample that onnxruntime confirms without tolerance.""",
     "report": """example:
   robust report runs/digits_mtl_ibp/certify""",
     "methods": """examples:
@@ -143,6 +151,11 @@ def _parser() -> argparse.ArgumentParser:
     attack = _command(commands, "attack", _attack, "accuracy of a checkpoint under an attack, as a report")
     _add_evaluation(attack)
     attack.add_argument("--attack", default="apgd", help="attack and its fields (default: apgd)")
+    vnnlib = _command(commands, "vnnlib", _vnnlib, "answer VNN-LIB properties of ONNX networks")
+    vnnlib.add_argument("model", type=Path, help="ONNX file, or a CSV file of instances")
+    vnnlib.add_argument("property", type=Path, nargs="?", help="VNN-LIB file")
+    vnnlib.add_argument("--timeout", help="seconds for the property (default: no limit); a CSV file has its own")
+    vnnlib.add_argument("--out", type=Path, help="result file, or the folder of a CSV file's results")
     report = _command(commands, "report", _report, "draw the report of a finished or running evaluation again")
     report.add_argument("folder", type=Path, help="folder with rows.jsonl")
     methods = _command(commands, "methods", _methods, "list methods and their fields")
@@ -395,6 +408,23 @@ def _refuse_other_images(checkpoint: Checkpoint, data: DataSet) -> None:
             f"the model takes images {'x'.join(map(str, shape))} of {classes} classes, but {data.name} has "
             f"{'x'.join(map(str, data.input_shape))} of {len(data.classes)}; give another --data"
         )
+
+
+def _vnnlib(options: argparse.Namespace) -> None:
+    if options.model.suffix == ".csv":
+        if options.property is not None or options.timeout is not None or options.out is None:
+            raise ValueError("a CSV file names properties and seconds itself; it needs --out FOLDER, and nothing else")
+        decide_all(options.model, options.out)
+        return
+    if options.property is None:
+        raise ValueError(f"which property of {options.model}? Give a .vnnlib file behind it")
+    timeout = math.inf if options.timeout is None else number(options.timeout)
+    text = result_text(decide(Instance(options.model, options.property, timeout)))
+    if options.out is None:
+        print(text, end="")
+    else:
+        write_whole(options.out, text)
+        print(text.partition("\n")[0])
 
 
 def _report(options: argparse.Namespace) -> None:
