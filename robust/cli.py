@@ -29,6 +29,7 @@ from certify.formats.vnnlib import Instance
 from certify.verifier import VERIFIERS
 from robust.allocator import keep_freed_memory
 from robust.checkpoint import Checkpoint, CheckpointError, load, load_state_dict_file
+from robust.crew import Crew, CrewError
 from robust.dataset import DataSet, MissingData, data_root, parse_dataset
 from robust.eps_curve import EpsCurve, eps_curve
 from robust.evaluate import evaluate
@@ -45,7 +46,7 @@ from robust.settings import Settings, load_recipe
 from robust.trainer import train
 from robust.vnncomp import decide, decide_all, result_text
 
-USER_ERRORS = (ValueError, OSError, TrainingError, FileInUse)
+USER_ERRORS = (ValueError, OSError, TrainingError, FileInUse, CrewError)
 """Errors whose message is meant for the user: one line, without the traceback that --debug shows."""
 
 CURVE_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -66,7 +67,8 @@ A run that was interrupted or killed goes on when the same command is given agai
     "certify": """examples:
   robust certify runs/digits_mtl_ibp/checkpoint.safetensors
   robust certify model.safetensors --eps 2/255 --verifier cascade:timeout=20 --limit 1000 --out reports/2_255
-  robust certify weights.pt --model cnn7 --data cifar10 --eps 8/255""",
+  robust certify weights.pt --model cnn7 --data cifar10 --eps 8/255
+  torchrun --nproc-per-node 4 --max-restarts 9 -m robust certify model.safetensors    four processes, one report""",
     "attack": """examples:
   robust attack runs/digits_mtl_ibp/checkpoint.safetensors
   robust attack model.safetensors --attack pgd:steps=50,restarts=10 --limit 1000""",
@@ -216,7 +218,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="architecture of a plain state dict, which is loaded without running its code")
     parser.add_argument("--limit", type=_count, metavar="N", help="only the first N images")
     parser.add_argument(
-        "--batch-size", type=_count, metavar="N", default=100, help="images decided and written together (default: 100)"
+        "--batch-size", type=_count, metavar="N", help="images decided and written together (default: the verifier's)"
     )
     parser.add_argument(
         "--out", type=Path, help="folder of the report (default: certify/ or attack/ beside the checkpoint)"
@@ -306,14 +308,16 @@ def _attack(options: argparse.Namespace) -> None:
 
 
 def _judge(options: argparse.Namespace, verifier: Any, attack: Any) -> None:
-    device = _device(options.device)
+    crew = Crew.join()
+    options.device = device = _device(_own_device(options.device, crew))
     checkpoint, data, ball = _problem(options)
     images = data.test if options.split == "test" else data.train
     if not len(images):
         raise ValueError(f"{data.name} has no images in its part {options.split!r}; choose the other --split")
     out = options.out or options.checkpoint.parent / ("certify" if verifier is not None else "attack")
+    leads = crew is None or crew.rank == 0
     sources = _sources(options, checkpoint)
-    if not (out / ROWS_FILE).exists() and not (out / SOURCES_FILE).exists():
+    if leads and not (out / ROWS_FILE).exists() and not (out / SOURCES_FILE).exists():
         sources.save(out)  # so that `robust report` can draw the evaluation while it runs
     report = evaluate(
         checkpoint,
@@ -327,11 +331,19 @@ def _judge(options: argparse.Namespace, verifier: Any, attack: Any) -> None:
         batch_size=options.batch_size,
         device=device,
         progress=not options.quiet,
+        crew=crew,
     )
+    if not leads:
+        return
     if not options.no_curve:
         sources = dataclasses.replace(sources, curve=_curve(options, checkpoint, images, ball, verifier, attack))
     sources.save(out)
     _draw(report, out, sources, images)
+
+
+def _own_device(text: str, crew: Crew | None) -> str:
+    """Under torchrun every process of a host takes a GPU of its own where --device names none."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if crew is not None and text == "cuda" else text
 
 
 def _curve(

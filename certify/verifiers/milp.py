@@ -56,6 +56,7 @@ class MILP:
     complete: ClassVar[bool] = True
     falsifies: ClassVar[bool] = True
     norms: ClassVar[tuple[str, ...]] = ("linf",)
+    block: ClassVar[int] = 1
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, index: Tensor | None = None

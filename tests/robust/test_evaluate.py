@@ -260,9 +260,9 @@ def test_a_run_can_be_made_longer_and_not_shorter(tmp_path: Path) -> None:
     evaluate(*arguments, out=tmp_path, limit=6, batch_size=4)
     longer = evaluate(*arguments, out=tmp_path, limit=15, batch_size=4)
     assert timeless(longer) == timeless(evaluate(*arguments, limit=15, batch_size=4))
-    with pytest.raises(ReportError, match="holds 15 rows that are not the first of the 6 examples"):
+    with pytest.raises(ReportError, match="holds 15 rows that are not blocks of the 6 examples"):
         evaluate(*arguments, out=tmp_path, limit=6, batch_size=4)
-    with pytest.raises(ReportError, match="rows that are not the first"):
+    with pytest.raises(ReportError, match="rows that are not blocks"):
         evaluate(*arguments, out=tmp_path, indices=list(range(22, -1, -1)), batch_size=4)
     assert len(Report.load(tmp_path).rows) == 15
 
