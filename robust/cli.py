@@ -462,6 +462,11 @@ def _summary_lines(report: Report) -> str:
             f"{name.replace('_', ' '):>12}: {100 * rate.fraction:6.2f} %   ({rate.count} of {rate.total}; "
             f"95 % interval {100 * low:.2f} to {100 * high:.2f})"
         )
+    undecided = report.undecided() if report.verified else []
+    bounds = [row.margin_lb for row in undecided if row.margin_lb is not None]
+    if undecided:
+        nearest = f"; the bound nearest to zero is {bounds[0]:.3g} (example {undecided[0].index})" if bounds else ""
+        lines.append(f"{'unknown':>12}: {len(undecided)} of {len(report.rows)}{nearest}")
     return "\n".join(lines)
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch.distributed import DistError, Store
+from torch.distributed import DistError, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 BEAT = 0.5
@@ -44,7 +45,10 @@ class Crew:
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
         self.rank, self.size, self._store = rank, size, store
-        self._beats: dict[int, tuple[int, float]] = {}
+        # Of this process, not of its rank: a process that torchrun starts in the place of a lost one is another.
+        self._name = f"{rank}-{secrets.token_hex(8)}"
+        self._beats: dict[str, tuple[int, float]] = {}
+        store.set(f"member/{rank}", self._name)
         self._finished: set[int] = set()
         self._failure: BaseException | None = None
         self._ended = threading.Event()
@@ -56,7 +60,8 @@ class Crew:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return None
         store, rank, size = next(iter(rendezvous("env://")))
-        return cls(store, rank, size)
+        # torchrun may keep its store when it restarts its processes; what the former ones left there is of no use.
+        return cls(PrefixStore(f"crew/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), rank, size)
 
     def lead(
         self, header: dict[str, Any], todo: Sequence[int], decide: Callable[[int], Records]
@@ -104,7 +109,7 @@ class Crew:
         self._store.set("report", json.dumps(rows))
         waiting = set(range(1, self.size))
         while waiting:
-            waiting = {r for r in waiting if not self._store.check([f"bye/{r}"]) and not self._is_lost(r)}
+            waiting = {r for r in waiting if not self._store.check([f"bye/{r}"]) and not self._is_lost(self._member(r))}
             time.sleep(POLL)
         self._ended.set()
 
@@ -126,28 +131,32 @@ class Crew:
         while left := [number for number in todo if not self._is_finished(number)]:
             for number in left:
                 owner = self._store.get(_owner(number)).decode() if self._store.check([_owner(number)]) else ""
-                if (not owner or self._is_lost(int(owner))) and self._take(number, owner):
+                if (not owner or self._is_lost(owner)) and self._take(number, owner):
                     return number
             time.sleep(POLL)
         return None
 
     def _take(self, number: int, owner: str) -> bool:
         """Become the owner of a block in place of `owner`, unless another rank was faster."""
-        return self._store.compare_set(_owner(number), owner, str(self.rank)) == str(self.rank).encode()
+        return self._store.compare_set(_owner(number), owner, self._name) == self._name.encode()
 
     def _is_finished(self, number: int) -> bool:
         if number not in self._finished and self._store.check([_rows(number)]):
             self._finished.add(number)
         return number in self._finished
 
-    def _is_lost(self, rank: int) -> bool:
-        """Whether a rank's pulse has stood still for LOST_AFTER seconds of this process's watching."""
-        if rank == self.rank:
+    def _member(self, rank: int) -> str:
+        """Name of the process of a rank, also of one that never came."""
+        return self._store.get(f"member/{rank}").decode() if self._store.check([f"member/{rank}"]) else f"{rank}-none"
+
+    def _is_lost(self, name: str) -> bool:
+        """Whether a process's pulse has stood still for LOST_AFTER seconds of this process's watching."""
+        if name == self._name:
             return False
-        beats, now = self._store.add(f"pulse/{rank}", 0), time.monotonic()
-        before, since = self._beats.get(rank, (-1, now))
+        beats, now = self._store.add(f"pulse/{name}", 0), time.monotonic()
+        before, since = self._beats.get(name, (-1, now))
         if beats != before:
-            self._beats[rank] = beats, now
+            self._beats[name] = beats, now
             return False
         return now - since > LOST_AFTER
 
@@ -160,7 +169,7 @@ class Crew:
     def _beat(self) -> None:
         try:
             while not self._ended.wait(BEAT):
-                self._store.add(f"pulse/{self.rank}", 1)
+                self._store.add(f"pulse/{self._name}", 1)
         except DistError:  # the store is gone; the main thread notices and says so
             return
 

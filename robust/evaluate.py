@@ -235,6 +235,7 @@ def _verified(
             attack_margin=rows[i].attack_margin,
             seconds=rows[i].seconds + verdict.seconds,
             precision=verdict.precision,
+            domains=verdict.domains,
         )
         if verdict.witness is not None:
             margin = _margins(logits_of(model, verdict.witness[None]), y[i : i + 1]).item()
