@@ -11,17 +11,13 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from certify.ops.affine import pair
-
-if TYPE_CHECKING:
-    import onnx
-    import onnxruntime
 
 
 class FormatError(ValueError):
@@ -36,13 +32,13 @@ class OnnxModel:
         network: takes `[B, *input_shape]` to `[B, K]` like the file's graph, outputs flattened; in evaluation mode.
         input_shape: shape of one example.
         dtype: of inputs and weights, float32 or float64.
-        session: the file in onnxruntime, whose results are the ones that count.
+        session: the file as an onnxruntime.InferenceSession, whose results are the ones that count.
     """
 
     network: nn.Module
     input_shape: tuple[int, ...]
     dtype: torch.dtype
-    session: onnxruntime.InferenceSession
+    session: Any
 
     def evaluate(self, x: np.ndarray) -> np.ndarray:
         """onnxruntime's outputs `[K]` for one example `[*input_shape]`."""
@@ -101,7 +97,7 @@ def _content(path: Path) -> bytes | None:
         raise FormatError(f"{path}: cannot be unpacked ({error})") from None
 
 
-def _parsed(onnx: Any, content: bytes | None, path: Path) -> onnx.ModelProto:
+def _parsed(onnx: Any, content: bytes | None, path: Path) -> Any:
     try:
         proto = onnx.load(str(path)) if content is None else onnx.load_model_from_string(content)
         onnx.checker.check_model(proto)
@@ -147,7 +143,7 @@ class _Network(nn.Module):
 class _Reader:
     """Walks the graph once with an example, and makes a layer of every node that depends on the input."""
 
-    def __init__(self, onnx: Any, proto: onnx.ModelProto, path: Path) -> None:
+    def __init__(self, onnx: Any, proto: Any, path: Path) -> None:
         self.onnx, self.path, self.opsets = onnx, path, proto.opset_import
         graph = proto.graph
         self.constants: dict[str, np.ndarray] = {
@@ -170,7 +166,7 @@ class _Reader:
         self._finish(source.name, target.name)
         self.network = _Network(self.layers, self.wires, source.name)
 
-    def refuse(self, node: onnx.NodeProto, reason: str) -> FormatError:
+    def refuse(self, node: Any, reason: str) -> FormatError:
         name = f" (node {node.name!r})" if node.name else ""
         return FormatError(f"{self.path}: {node.op_type}{name}: {reason}")
 
@@ -181,7 +177,7 @@ class _Reader:
             )
         return found[0]
 
-    def _dtype(self, source: onnx.ValueInfoProto) -> torch.dtype:
+    def _dtype(self, source: Any) -> torch.dtype:
         kinds = {self.onnx.TensorProto.FLOAT: torch.float32, self.onnx.TensorProto.DOUBLE: torch.float64}
         kind = source.type.tensor_type.elem_type
         if kind not in kinds:
@@ -190,7 +186,7 @@ class _Reader:
             )
         return kinds[kind]
 
-    def _example_shape(self, source: onnx.ValueInfoProto) -> tuple[int, ...]:
+    def _example_shape(self, source: Any) -> tuple[int, ...]:
         sizes = [axis.dim_value for axis in source.type.tensor_type.shape.dim]
         if len(sizes) < 2 or sizes[0] not in (0, 1) or min(sizes[1:]) < 1:
             shown = [axis.dim_param or axis.dim_value for axis in source.type.tensor_type.shape.dim]
@@ -200,7 +196,7 @@ class _Reader:
             )
         return tuple(sizes[1:])
 
-    def _visit(self, node: onnx.NodeProto) -> None:
+    def _visit(self, node: Any) -> None:
         if not any(name in self.values for name in node.input):
             self._fold(node)
             return
@@ -229,12 +225,12 @@ class _Reader:
         self.wires.append((inputs, output))
         self.values[output] = value
 
-    def _shape(self, node: onnx.NodeProto) -> None:
+    def _shape(self, node: Any) -> None:
         attributes = {a.name: self.onnx.helper.get_attribute_value(a) for a in node.attribute}
         sizes = list(self.values[node.input[0]].shape)
         self.constants[node.output[0]] = np.array(sizes[attributes.get("start", 0) : attributes.get("end")], np.int64)
 
-    def _fold(self, node: onnx.NodeProto) -> None:
+    def _fold(self, node: Any) -> None:
         """Value of a node that depends on constants only, from ONNX's reference implementation."""
         given = [name for name in node.input if name]
         helper = self.onnx.helper
@@ -264,7 +260,7 @@ class _Call:
     """A node as the rules below see it."""
 
     reader: _Reader
-    node: onnx.NodeProto
+    node: Any
 
     def __post_init__(self) -> None:
         helper = self.reader.onnx.helper
@@ -326,7 +322,7 @@ def _layer(*ops: str) -> Callable[[Build], Build]:
     return add
 
 
-def _needed(graph: onnx.GraphProto, target: str) -> set[str]:
+def _needed(graph: Any, target: str) -> set[str]:
     """Names of the values that the output depends on."""
     needed = {target}
     for node in reversed(graph.node):
