@@ -25,7 +25,18 @@ setup(
     ],
     extras_require={
         "tensorboard": ["tensorboard"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "tensorboard"],
+        "onnx": ["onnx", "onnxruntime"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "tensorboard",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",  # which torch.onnx.export needs
+        ],
     },
     entry_points={"console_scripts": ["robust = robust.cli:main"]},
 )

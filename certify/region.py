@@ -29,11 +29,15 @@ class Region:
     @classmethod
     def around(cls, x: Tensor, ball: Ball) -> Region:
         """Region of `ball` around the examples `x` `[B, *shape]`."""
-        lb, ub = ball.box(x, rounding="outward")
+        box = cls.between(*ball.box(x, rounding="outward"))
+        return cls(box.center, box.radius, x, None if ball.norm == "linf" else ball)
+
+    @classmethod
+    def between(cls, lb: Tensor, ub: Tensor) -> Region:
+        """Region of the points between lb and ub, each `[B, *shape]`; their middle stands for the examples."""
         center = (lb + ub) / 2
         # The centre is rounded, so the greater of the two distances is the radius.
-        radius = torch.maximum(ub - center, center - lb)
-        return cls(center, radius, x, None if ball.norm == "linf" else ball)
+        return cls(center, torch.maximum(ub - center, center - lb), center)
 
     def interval(self) -> Interval:
         """Start of interval propagation."""

@@ -37,6 +37,7 @@ class Verdict:
         seconds: time spent on this example; a batch's time is shared equally among its examples.
         witness: a point of the ball `[*shape]` that the model misclassifies; only where falsified.
         precision: "float64" where float32 did not suffice for at least one target.
+        domains: subproblems that branch and bound bounded for this example; 0 for methods that do not branch.
 
     Raises:
         SoundnessError: for a certified verdict without a positive finite margin, and for a falsified one that was not
@@ -49,6 +50,7 @@ class Verdict:
     seconds: float
     witness: Tensor | None = None
     precision: Precision = "float32"
+    domains: int = 0
     checked: object = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -73,10 +75,12 @@ def falsified(
     method: str,
     seconds: float,
     margin_lb: float = -math.inf,
+    domains: int = 0,
 ) -> Verdict:
     """The falsified verdict of one example, after `check_witness`; arguments as there."""
     check_witness(model, witness, x, y, ball)
-    return Verdict("falsified", margin_lb, method, seconds, witness.detach().clone(), checked=_CHECKED)
+    point = witness.detach().clone()
+    return Verdict("falsified", margin_lb, method, seconds, point, domains=domains, checked=_CHECKED)
 
 
 def check_witness(model: nn.Module, witness: Tensor, x: Tensor, y: Tensor, ball: Ball) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `robust train | certify | attack | lipschitz | report | methods | recipes`.
+"""The command line: `robust train | certify | attack | lipschitz | vnnlib | report | methods | recipes`.
 
 Entry points stay thin: they read settings, call the library and print where the results are. Flags are run-level only;
 a method's hyper-parameters are fields of its text, such as `--objective mtl_ibp:ibp_weight=0.01`.
@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import sys
 import textwrap
@@ -24,14 +25,16 @@ import torch
 from attacks.attack import ATTACKS
 from attacks.registry import number
 from attacks.threat import Ball, make_ball
+from certify.formats.vnnlib import Instance
 from certify.lipschitz.local import METHODS as LIPSCHITZ
 from certify.verifier import VERIFIERS
 from robust.allocator import keep_freed_memory
 from robust.checkpoint import Checkpoint, CheckpointError, load, load_state_dict_file
+from robust.crew import Crew, CrewError
 from robust.dataset import DataSet, MissingData, data_root, parse_dataset
 from robust.eps_curve import EpsCurve, eps_curve
 from robust.evaluate import evaluate
-from robust.files import FileInUse
+from robust.files import FileInUse, write_whole
 from robust.images import Images
 from robust.lipschitz import Plan, measure
 from robust.listing import KINDS, print_methods, print_recipes
@@ -43,8 +46,9 @@ from robust.run_setup import CHECKPOINT, LOG, STATE, TrainingError, check_texts,
 from robust.schedule import SCHEDULES
 from robust.settings import Settings, load_recipe
 from robust.trainer import train
+from robust.vnncomp import decide, decide_all, result_text
 
-USER_ERRORS = (ValueError, OSError, TrainingError, FileInUse)
+USER_ERRORS = (ValueError, OSError, TrainingError, FileInUse, CrewError)
 """Errors whose message is meant for the user: one line, without the traceback that --debug shows."""
 
 CURVE_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -65,7 +69,8 @@ A run that was interrupted or killed goes on when the same command is given agai
     "certify": """examples:
   robust certify runs/digits_mtl_ibp/checkpoint.safetensors
   robust certify model.safetensors --eps 2/255 --verifier cascade:timeout=20 --limit 1000 --out reports/2_255
-  robust certify weights.pt --model cnn7 --data cifar10 --eps 8/255""",
+  robust certify weights.pt --model cnn7 --data cifar10 --eps 8/255
+  torchrun --nproc-per-node 4 --max-restarts 9 -m robust certify model.safetensors    four processes, one report""",
     "attack": """examples:
   robust attack runs/digits_mtl_ibp/checkpoint.safetensors
   robust attack model.safetensors --attack pgd:steps=50,restarts=10 --limit 1000""",
@@ -73,6 +78,11 @@ A run that was interrupted or killed goes on when the same command is given agai
   robust lipschitz runs/digits_mtl_ibp/checkpoint.safetensors --limit 100
   robust lipschitz model.safetensors --margins --states alpha_crown     with the radius that the constants certify
   robust lipschitz model.safetensors --method bab --timeout 60 --eps 1/255""",
+    "vnnlib": """examples:
+  robust vnnlib model.onnx property.vnnlib --timeout 60
+  robust vnnlib instances.csv --out results    lines of network,property,seconds, as in VNN-COMP
+
+Prints sat, unsat, timeout or unknown; after sat, a counterexample that onnxruntime confirms without tolerance.""",
     "report": """example:
   robust report runs/digits_mtl_ibp/certify""",
     "methods": """examples:
@@ -157,6 +167,11 @@ def _parser() -> argparse.ArgumentParser:
     lipschitz.add_argument("--margins", action="store_true", help="of the label's margins, with certified radii")
     lipschitz.add_argument("--states", help="bounds before the activations: interval, crown or alpha_crown")
     lipschitz.add_argument("--timeout", type=float, metavar="SECONDS", help="of branch and bound, per batch")
+    vnnlib = _command(commands, "vnnlib", _vnnlib, "answer VNN-LIB properties of ONNX networks")
+    vnnlib.add_argument("model", type=Path, help="ONNX file, or a CSV file of instances")
+    vnnlib.add_argument("property", type=Path, nargs="?", help="VNN-LIB file")
+    vnnlib.add_argument("--timeout", help="seconds for the property (default: no limit); a CSV file has its own")
+    vnnlib.add_argument("--out", type=Path, help="result file, or the folder of a CSV file's results")
     report = _command(commands, "report", _report, "draw the report of a finished or running evaluation again")
     report.add_argument("folder", type=Path, help="folder with rows.jsonl")
     methods = _command(commands, "methods", _methods, "list methods and their fields")
@@ -217,7 +232,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="architecture of a plain state dict, which is loaded without running its code")
     parser.add_argument("--limit", type=_count, metavar="N", help="only the first N images")
     parser.add_argument(
-        "--batch-size", type=_count, metavar="N", default=100, help="images decided and written together (default: 100)"
+        "--batch-size", type=_count, metavar="N", help="images decided and written together (default: the verifier's)"
     )
     parser.add_argument(
         "--out", type=Path, help="folder of the results (default: one beside the checkpoint, named after the command)"
@@ -315,7 +330,7 @@ def _lipschitz(options: argparse.Namespace) -> None:
     out = options.out or options.checkpoint.parent / "lipschitz"
     chosen = {name: getattr(options, name) for name in ("states", "timeout") if getattr(options, name) is not None}
     plan = Plan(
-        options.method, tuple(chosen.items()), options.margins, 0 if options.no_curve else 20, options.batch_size
+        options.method, tuple(chosen.items()), options.margins, 0 if options.no_curve else 20, options.batch_size or 100
     )
     source = {"checkpoint": str(options.checkpoint), "data": data.name, "split": options.split}
     summary = measure(
@@ -337,14 +352,16 @@ def _lipschitz(options: argparse.Namespace) -> None:
 
 
 def _judge(options: argparse.Namespace, verifier: Any, attack: Any) -> None:
-    device = _device(options.device)
+    crew = Crew.join()
+    options.device = device = _device(_own_device(options.device, crew))
     checkpoint, data, ball = _problem(options)
     images = data.test if options.split == "test" else data.train
     if not len(images):
         raise ValueError(f"{data.name} has no images in its part {options.split!r}; choose the other --split")
     out = options.out or options.checkpoint.parent / ("certify" if verifier is not None else "attack")
+    leads = crew is None or crew.rank == 0
     sources = _sources(options, checkpoint)
-    if not (out / ROWS_FILE).exists() and not (out / SOURCES_FILE).exists():
+    if leads and not (out / ROWS_FILE).exists() and not (out / SOURCES_FILE).exists():
         sources.save(out)  # so that `robust report` can draw the evaluation while it runs
     report = evaluate(
         checkpoint,
@@ -358,11 +375,19 @@ def _judge(options: argparse.Namespace, verifier: Any, attack: Any) -> None:
         batch_size=options.batch_size,
         device=device,
         progress=not options.quiet,
+        crew=crew,
     )
+    if not leads:
+        return
     if not options.no_curve:
         sources = dataclasses.replace(sources, curve=_curve(options, checkpoint, images, ball, verifier, attack))
     sources.save(out)
     _draw(report, out, sources, images)
+
+
+def _own_device(text: str, crew: Crew | None) -> str:
+    """Under torchrun every process of a host takes a GPU of its own where --device names none."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if crew is not None and text == "cuda" else text
 
 
 def _curve(
@@ -441,6 +466,23 @@ def _refuse_other_images(checkpoint: Checkpoint, data: DataSet) -> None:
         )
 
 
+def _vnnlib(options: argparse.Namespace) -> None:
+    if options.model.suffix == ".csv":
+        if options.property is not None or options.timeout is not None or options.out is None:
+            raise ValueError("a CSV file names properties and seconds itself; it needs --out FOLDER, and nothing else")
+        decide_all(options.model, options.out)
+        return
+    if options.property is None:
+        raise ValueError(f"which property of {options.model}? Give a .vnnlib file behind it")
+    timeout = math.inf if options.timeout is None else number(options.timeout)
+    text = result_text(decide(Instance(options.model, options.property, timeout)))
+    if options.out is None:
+        print(text, end="")
+    else:
+        write_whole(options.out, text)
+        print(text.partition("\n")[0])
+
+
 def _report(options: argparse.Namespace) -> None:
     report = Report.load(options.folder)
     folder = options.folder.parent if options.folder.is_file() else options.folder
@@ -464,6 +506,11 @@ def _summary_lines(report: Report) -> str:
             f"{name.replace('_', ' '):>12}: {100 * rate.fraction:6.2f} %   ({rate.count} of {rate.total}; "
             f"95 % interval {100 * low:.2f} to {100 * high:.2f})"
         )
+    undecided = report.undecided() if report.verified else []
+    bounds = [row.margin_lb for row in undecided if row.margin_lb is not None]
+    if undecided:
+        nearest = f"; the bound nearest to zero is {bounds[0]:.3g} (example {undecided[0].index})" if bounds else ""
+        lines.append(f"{'unknown':>12}: {len(undecided)} of {len(report.rows)}{nearest}")
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import itertools
+import json
 import math
 import time
 from collections import Counter
@@ -25,16 +26,25 @@ from certify.precision import exact_arithmetic
 from certify.verdict import SoundnessError, Verdict, falsified, logits_of
 from certify.verifier import VERIFIERS
 from robust.checkpoint import Checkpoint, ball_facts
+from robust.crew import Crew, Records
 from robust.dataset import DataSet
+from robust.files import encode
 from robust.images import Images
-from robust.report import NO_CLASS, STATUSES, Report, Row
+from robust.report import NO_CLASS, STATUSES, Report, Row, read_row
 from robust.resume import RowsOnDisk
 from robust.tensor_file import content_hash
 from robust.versions import versions
 
+BLOCK = 100
+"""Examples that are decided and written together where the verifier does not say how many suit it."""
+
 
 class AnyVerifier(Protocol):
-    """What `evaluate` needs of a verifier: one verdict per example, in order; `index` keys its noise."""
+    """What `evaluate` needs of a verifier: one verdict per example, in order; `index` keys its noise.
+
+    A class fact `block` says how many examples at a time suit it: few where each takes long, so that a row is on the
+    disk soon after it was decided.
+    """
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, index: Tensor | None = None
@@ -52,15 +62,17 @@ def evaluate(
     split: Literal["train", "test"] = "test",
     indices: Sequence[int] | None = None,
     limit: int | None = None,
-    batch_size: int = 100,
+    batch_size: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
+    crew: Crew | None = None,
 ) -> Report:
     """Decide examples of a data set: misclassified, falsified by the attack, or what the verifier says.
 
     Examples are decided in fixed blocks of `batch_size`, each under its own random seed, so that a row does not depend
-    on the rows before it. Rows are on the disk once their block is decided. Where `out` already holds rows of the same
-    evaluation, it goes on behind them, and a block that was cut off is decided again.
+    on the rows before it, nor on the process that decides it. Rows are on the disk once their block is decided. Where
+    `out` already holds rows of the same evaluation, it goes on behind them, and a block that was cut off is decided
+    again.
 
     Args:
         ball: threat model with one eps, which need not be the radius of training.
@@ -69,18 +81,24 @@ def evaluate(
         out: folder (rows go to rows.jsonl in it) or JSON-lines file; None keeps the report in memory.
         indices: examples of the split to decide, in this order; all of them by default.
         limit: only the first so many of these.
+        batch_size: examples of a block; by default as many as suit the verifier (its class fact `block`, else 100).
         device: where the model is moved to; by default it stays where it is.
-        progress: show a progress bar with the count of each verdict.
+        progress: show a progress bar with the count of each verdict and the time left.
+        crew: the processes that share the work; every one of them makes this call and gets the whole report, and rank
+            0 alone writes to `out`.
 
     Raises:
         ReportError: `out` holds rows of another evaluation; the message says what differs.
         FileInUse: another process is writing to `out`.
+        CrewError: the processes of a crew do not evaluate the same thing, or rank 0 is gone.
     """
     model = checkpoint_or_model.model if isinstance(checkpoint_or_model, Checkpoint) else checkpoint_or_model
     if device is not None:
         model.to(device)
     images: Images = getattr(data, split)
     chosen = _chosen(len(images), indices, limit)
+    if batch_size is None:
+        batch_size = getattr(verifier, "block", BLOCK)
     if batch_size < 1:
         raise ValueError(f"expected a batch size of 1 or more, got {batch_size}")
     header = {
@@ -95,19 +113,44 @@ def evaluate(
         "versions": versions(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    rows: list[Row] = []
-    with RowsOnDisk(out, header, chosen, batch_size) as record, attack_mode(model), _bar(len(chosen), progress) as bar:
-        rows += record.rows
-        _advance(bar, rows, len(rows))
-        for start in range(len(rows), len(chosen), batch_size):
-            index = torch.tensor(chosen[start : start + batch_size])
-            x, y = images.batch(index, _device(model))
-            with seeded(start, x.device):
-                block = decide(model, x, y, index.tolist(), ball, verifier, attack)
-            record.append(block)
-            rows += block
-            _advance(bar, rows, len(block))
-        return Report(record.header, tuple(rows))
+    record = RowsOnDisk(out, header, chosen, batch_size) if crew is None or crew.rank == 0 else None
+
+    def decided(block: int) -> list[Row]:
+        start = block * batch_size
+        index = torch.tensor(chosen[start : start + batch_size])
+        x, y = images.batch(index, _device(model))
+        with seeded(start, x.device):
+            return decide(model, x, y, index.tolist(), ball, verifier, attack)
+
+    def records(block: int) -> Records:
+        return [dataclasses.asdict(row) for row in decided(block)]
+
+    with attack_mode(model):
+        if record is None:
+            assert crew is not None
+            shared = {name: value for name, value in header.items() if name not in ("started", "device")}
+            return Report(header, tuple(map(read_row, crew.follow(_json(shared), records))))
+        with record, _bar(len(chosen), len(record.rows), progress) as bar:
+            source: Iterator[tuple[int, list[Row]]]
+            if crew is None:
+                source = ((block, decided(block)) for block in record.todo())
+            else:
+                led = crew.lead(_json(header), record.todo(), records)
+                source = ((block, [read_row(row) for row in rows]) for block, rows in led)
+            _count(bar, record.rows)
+            for _, rows in source:
+                record.append(rows)
+                _count(bar, record.rows)
+                bar.update(len(rows))
+            report = record.finished()
+        if crew is not None:
+            crew.dismiss([dataclasses.asdict(row) for row in report.rows])
+        return report
+
+
+def _json(header: dict[str, Any]) -> dict[str, Any]:
+    """The header as another process reads it."""
+    return json.loads(encode(header))
 
 
 def decide(
@@ -192,6 +235,7 @@ def _verified(
             attack_margin=rows[i].attack_margin,
             seconds=rows[i].seconds + verdict.seconds,
             precision=verdict.precision,
+            domains=verdict.domains,
         )
         if verdict.witness is not None:
             margin = _margins(logits_of(model, verdict.witness[None]), y[i : i + 1]).item()
@@ -289,14 +333,14 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _bar(total: int, progress: bool) -> tqdm:
-    return tqdm(total=total, disable=not progress, unit="example", dynamic_ncols=True)
+def _bar(total: int, done: int, progress: bool) -> tqdm:
+    # What an earlier run decided is no measure of this one's speed.
+    return tqdm(total=total, initial=done, disable=not progress, unit="example", dynamic_ncols=True)
 
 
-def _advance(bar: tqdm, rows: Sequence[Row], count: int) -> None:
+def _count(bar: tqdm, rows: Sequence[Row]) -> None:
     seen = Counter(row.status for row in rows)
     bar.set_postfix({status: seen[status] for status in STATUSES}, refresh=False)
-    bar.update(count)
 
 
 def _finite(value: float | None) -> float | None:

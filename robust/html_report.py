@@ -12,6 +12,9 @@ from typing import Any
 from robust.plots import class_name, margin_words, radius
 from robust.report import STATUSES, Rate, Rates, Report, Row, Summary
 
+MOST_UNDECIDED = 50
+"""Lines of the table of unknown examples; the rows themselves are in the report's files."""
+
 NORM_WORDS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
 
 
@@ -49,6 +52,7 @@ def html_page(report: Report, pictures: Sequence[Picture] = (), examples: Sequen
         *map(_picture, pictures),
         _examples(report, examples),
         _stage_table(summary),
+        _undecided_table(report),
         _class_table(report, summary),
         _header_table(report.header),
     ]
@@ -179,12 +183,39 @@ def _data_uri(png: bytes) -> str:
 def _stage_table(summary: Summary) -> str:
     if not summary.stages:
         return ""
+    heads = ["stage", "certified", "falsified", "left unknown", "time"]
     rows = [
-        (_code(method), str(s.certified), str(s.falsified), str(s.unknown), duration(s.seconds))
+        [_code(method), str(s.certified), str(s.falsified), str(s.unknown), duration(s.seconds)]
         for method, s in sorted(summary.stages.items(), key=lambda item: item[1].seconds)
     ]
-    heads = ("stage", "certified", "falsified", "left unknown", "time")
+    if any(s.domains for s in summary.stages.values()):
+        heads.append("domains")
+        for row, (_, s) in zip(rows, sorted(summary.stages.items(), key=lambda item: item[1].seconds), strict=True):
+            row.append(f"{s.domains:,}")
     return f"<section><h2>What each stage decided</h2>{_table(heads, rows)}</section>"
+
+
+def _undecided_table(report: Report) -> str:
+    """Which examples stayed unknown, and how far their bound is from zero."""
+    undecided = report.undecided() if report.verified else []
+    if not undecided:
+        return ""
+    rows = [
+        (
+            f"#{row.index}",
+            _text(class_name(report, row.label)),
+            "no bound" if row.margin_lb is None else f"{row.margin_lb:.3g}",
+            "" if row.attack_margin is None else f"{row.attack_margin:.3g}",
+            f"{row.domains:,}",
+            duration(row.seconds),
+        )
+        for row in undecided[:MOST_UNDECIDED]
+    ]
+    heads = ("example", "class", "proved margin", "margin at the best attack", "domains", "time")
+    more = len(undecided) - len(rows)
+    rest = f"<p>And {more} more, with bounds further from zero.</p>" if more else ""
+    words = "<p>The nearest to a proof first: a margin above zero would certify.</p>"
+    return f"<section><h2>What stayed unknown</h2>{words}{_table(heads, rows)}{rest}</section>"
 
 
 def _class_table(report: Report, summary: Summary) -> str:

@@ -47,6 +47,7 @@ class Row:
         seconds: time spent on the example, its share where a batch was decided together.
         linf, l2: distance of the witness, in pixel units.
         precision: arithmetic of the verdict, such as "float32".
+        domains: subproblems that branch and bound bounded; 0 where nothing branched.
     """
 
     index: int
@@ -61,6 +62,7 @@ class Row:
     linf: float | None = None
     l2: float | None = None
     precision: str = ""
+    domains: int = 0
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -122,12 +124,13 @@ class Rates:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one method decided: examples by status, and the time they took."""
+    """What one method decided: examples by status, the time they took and the domains visited for them."""
 
     certified: int
     unknown: int
     falsified: int
     seconds: float
+    domains: int = 0
 
 
 @dataclass(frozen=True)
@@ -245,6 +248,11 @@ class Report:
             stages={method: _stage([row for row in self.rows if row.method == method]) for method in methods},
         )
 
+    def undecided(self) -> list[Row]:
+        """The unknown rows, those whose bound is nearest to zero first and those without a bound last."""
+        rows = [row for row in self.rows if row.status == "unknown"]
+        return sorted(rows, key=lambda row: math.inf if row.margin_lb is None else abs(row.margin_lb))
+
     def csv(self) -> str:
         """The rows as CSV text with a line of names; None is an empty cell."""
         names = [item.name for item in dataclasses.fields(Row)]
@@ -287,7 +295,8 @@ def read_row(record: Mapping[str, Any]) -> Row:
 
 def _stage(rows: list[Row]) -> Stage:
     count = {status: sum(row.status == status for row in rows) for status in STATUSES}
-    return Stage(count["certified"], count["unknown"], count["falsified"], math.fsum(row.seconds for row in rows))
+    seconds, domains = math.fsum(row.seconds for row in rows), sum(row.domains for row in rows)
+    return Stage(count["certified"], count["unknown"], count["falsified"], seconds, domains)
 
 
 def _csv(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:

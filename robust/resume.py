@@ -1,4 +1,7 @@
-"""Rows of an evaluation on the disk: written block by block, continued where they stop, never mixed with others."""
+"""Rows of an evaluation on the disk: written block by block, continued where they stop, never mixed with others.
+
+Several processes finish blocks out of order; the file holds them as they come, and in order when all are there.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class RowsOnDisk:
         header: facts of the evaluation. `chosen`: indices of all its examples, decided `batch_size` at a time.
 
     Attributes:
-        header, rows: what the file holds of this evaluation, else the given header and no rows.
+        header, rows: what the file holds of this evaluation and what was appended, else the given header and no rows.
 
     Raises:
         ReportError: the file is no report, or its header or its rows are of another evaluation.
@@ -28,18 +31,36 @@ class RowsOnDisk:
     def __init__(self, out: Path | None, header: dict[str, Any], chosen: Sequence[int], batch_size: int) -> None:
         self.header = header
         self.rows: list[Row] = []
+        self._chosen, self._batch_size = list(chosen), batch_size
         self._lines = None if out is None else JsonLines(rows_path(out))
         if self._lines is None:
             return
         try:
-            self._resume(self._lines, chosen, batch_size)
+            self._resume(self._lines)
         except BaseException:
             self._lines.close()
             raise
 
+    def todo(self) -> list[int]:
+        """Numbers of the blocks that have no rows yet, ascending."""
+        there = {row.index for row in self.rows}
+        starts = range(0, len(self._chosen), self._batch_size)
+        return [number for number, start in enumerate(starts) if self._chosen[start] not in there]
+
     def append(self, rows: Sequence[Row]) -> None:
+        """Add the rows of a block; they are on the disk when this returns."""
+        self.rows += rows
         if self._lines is not None:
             self._lines.append(dataclasses.asdict(row) for row in rows)
+
+    def finished(self) -> Report:
+        """The report of all rows, in the order of the examples, in memory and on the disk."""
+        place = {index: number for number, index in enumerate(self._chosen)}
+        ordered = sorted(self.rows, key=lambda row: place[row.index])
+        report = Report(self.header, tuple(ordered))
+        if self._lines is not None and ordered != self.rows:
+            report.save(self._lines.path)
+        return report
 
     def __enter__(self) -> RowsOnDisk:
         return self
@@ -48,29 +69,44 @@ class RowsOnDisk:
         if self._lines is not None:
             self._lines.close()
 
-    def _resume(self, lines: JsonLines, chosen: Sequence[int], batch_size: int) -> None:
+    def _resume(self, lines: JsonLines) -> None:
         if not lines.records:
             lines.append([header_record(self.header)])
             return
         earlier = Report.from_records(lines.records, lines.path)
-        _refuse_another_evaluation(lines.path, earlier, self.header, chosen)
-        # A shorter last block is whole only where the evaluation ends with it.
-        count = len(earlier.rows)
-        whole = count if count == len(chosen) else count // batch_size * batch_size
+        whole = self._whole_blocks([row.index for row in earlier.rows])
+        _refuse_another_evaluation(lines.path, earlier, self.header, len(self._chosen), whole)
+        assert whole is not None
         self.header, self.rows = earlier.header, list(earlier.rows[:whole])
         lines.keep(1 + whole)
 
+    def _whole_blocks(self, indices: Sequence[int]) -> int | None:
+        """How many of the file's rows are whole blocks, a last one cut off left out; None where they are no blocks."""
+        place = {index: number for number, index in enumerate(self._chosen)}
+        done = 0
+        while done < len(indices):
+            start = place.get(indices[done], -1)
+            if start < 0 or start % self._batch_size:
+                return None
+            block = self._chosen[start : start + self._batch_size]
+            there = list(indices[done : done + len(block)])
+            if there != block:
+                return done if there == block[: len(there)] and done + len(there) == len(indices) else None
+            done += len(block)
+        return done
 
-def _refuse_another_evaluation(path: Path, earlier: Report, header: Mapping[str, Any], chosen: Sequence[int]) -> None:
+
+def _refuse_another_evaluation(
+    path: Path, earlier: Report, header: Mapping[str, Any], examples: int, whole: int | None
+) -> None:
     there, here = _flat(earlier.header), _flat(json.loads(encode(header)))
     different = [
         f"{name} is {there.get(name)!r} there and {here.get(name)!r} now"
         for name in sorted({*there, *here})
         if name != "started" and there.get(name) != here.get(name)
     ]
-    rows = [row.index for row in earlier.rows]
-    if not different and rows != list(chosen[: len(rows)]):
-        different = [f"it holds {len(rows)} rows that are not the first of the {len(chosen)} examples asked for"]
+    if not different and whole is None:
+        different = [f"it holds {len(earlier.rows)} rows that are not blocks of the {examples} examples asked for"]
     if different:
         raise ReportError(f"{path} holds another evaluation: {'; '.join(different)}; give another output")
 

@@ -52,7 +52,7 @@ def global_l2(snapshot: Snapshot, region: Region) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def certified_radius(model: nn.Module, x: Tensor, *, batch_size: int = 100) -> tuple[Tensor, Tensor]:
+def global_l2_radius(model: nn.Module, x: Tensor, *, batch_size: int = 100) -> tuple[Tensor, Tensor]:
     """(l2 radius within which the prediction provably stays, prediction) of each example, `[B]` and `[B]`.
 
     min over i != j of (y_j - y_i) / (K ||w_j - w_i||_2) for the predicted class j, less what rounding can do to it; 0

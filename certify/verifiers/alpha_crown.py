@@ -42,6 +42,7 @@ class AlphaCROWN:
     complete: ClassVar[bool] = False
     falsifies: ClassVar[bool] = False
     norms: ClassVar[tuple[str, ...]] = NORMS
+    block: ClassVar[int] = 20
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, index: Tensor | None = None

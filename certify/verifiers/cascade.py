@@ -49,6 +49,7 @@ class Cascade:
     complete: ClassVar[bool] = False
     falsifies: ClassVar[bool] = True
     norms: ClassVar[tuple[str, ...]] = NORMS
+    block: ClassVar[int] = 20
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, index: Tensor | None = None

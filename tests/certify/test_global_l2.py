@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import certify.bounds.global_l2 as module
 from attacks.methods.pgd import PGD
 from attacks.threat import L1Ball, L2Ball, LinfBall
-from certify import VERIFIERS, bound, capture, certified_radius
+from certify import VERIFIERS, bound, capture, global_l2_radius
 from certify.bounds.global_l2 import lipschitz_constants
 from certify.graph import Node
 from certify.op import UnsupportedOp
@@ -140,7 +140,7 @@ def test_the_radius_of_a_linear_model_is_the_distance_to_its_boundary() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(50, 5)).double()
     x = images(0, 20).double()
-    radius, prediction = certified_radius(model, x)
+    radius, prediction = global_l2_radius(model, x)
     logits, weight = model(x).detach(), model[1].weight.detach()
     for r, z, j in zip(radius, logits, prediction.tolist(), strict=True):
         others = [i for i in range(5) if i != j]
@@ -181,7 +181,7 @@ def test_no_attack_succeeds_within_the_certified_radius_and_verdicts_agree_with_
     fooled_beyond = 0
     for seed in range(2):
         model, x, y = trained_like(seed)
-        radius, prediction = certified_radius(model, x)
+        radius, prediction = global_l2_radius(model, x)
         assert torch.equal(prediction, y) and bool((radius > 0).all())
         ball = L2Ball(radius * 0.999, pixel_range=None)
         x_adv = PGD(steps=40, restarts=2)(model, x, y, ball)
@@ -214,7 +214,7 @@ def test_a_tie_is_no_certificate() -> None:
     nn.init.zeros_(model[1].weight)
     nn.init.zeros_(model[1].bias)
     x = torch.rand(2, 4)
-    assert certified_radius(model, x)[0].tolist() == [0, 0]
+    assert global_l2_radius(model, x)[0].tolist() == [0, 0]
     for eps in (0.0, 0.1):
         verdicts = VERIFIERS.parse("global_l2")(model, x, torch.zeros(2, dtype=torch.long), L2Ball(eps))
         assert [v.status for v in verdicts] == ["unknown", "unknown"]
@@ -224,7 +224,7 @@ def test_classes_that_can_never_draw_level_leave_an_infinite_radius() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     nn.init.ones_(model[1].weight)
     model[1].bias.data = torch.tensor([1.0, 0.0])
-    radius, prediction = certified_radius(model, torch.rand(2, 4))
+    radius, prediction = global_l2_radius(model, torch.rand(2, 4))
     assert radius.tolist() == [torch.inf] * 2 and prediction.tolist() == [0, 0]
 
 

@@ -11,6 +11,7 @@ FLAGS = {
     "train": {"recipe", "out", "tensorboard"},
     "certify": {"data", "split", "eps", "norm", "model", "limit", "batch-size", "out", "no-curve", "verifier"},
     "attack": {"data", "split", "eps", "norm", "model", "limit", "batch-size", "out", "no-curve", "attack"},
+    "vnnlib": {"timeout", "out"},
     "report": set(),
     "methods": set(),
     "recipes": set(),

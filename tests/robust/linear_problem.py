@@ -28,6 +28,7 @@ class Decision:
     seconds: float = 0.5
     witness: Tensor | None = None
     precision: str = "float64"
+    domains: int = 0
 
 
 @dataclass(frozen=True)

@@ -244,6 +244,21 @@ def test_finished_blocks_are_not_decided_again(tmp_path: Path) -> None:
     assert len(calls) == 2
 
 
+def test_blocks_in_any_order_are_gone_on_with_and_put_in_order(tmp_path: Path) -> None:
+    arguments: Any = (linear_model(), data(10), BALL, ExactLinear())
+    path = tmp_path / "rows.jsonl"
+    undisturbed = evaluate(*arguments, out=path, batch_size=4)
+    header, *rows = path.read_bytes().splitlines(keepends=True)
+    for order in ([*rows[8:], *rows[:4]], [*rows[4:8], *rows[:2]], [*rows[8:], *rows[4:8], *rows[:4]]):
+        path.write_bytes(b"".join([header, *order]))
+        assert timeless(evaluate(*arguments, out=path, batch_size=4)) == timeless(undisturbed)
+        assert timeless(Report.load(path)) == timeless(undisturbed)
+    for wrong in ([*rows[:2], *rows[4:8]], rows[1:5], [*rows[4:8], rows[9], rows[8]]):
+        path.write_bytes(b"".join([header, *wrong]))
+        with pytest.raises(ReportError, match="rows that are not blocks of the 10 examples"):
+            evaluate(*arguments, out=path, batch_size=4)
+
+
 def test_an_interruption_keeps_the_blocks_before_it(tmp_path: Path) -> None:
     def interrupted(model: nn.Module, x: Tensor, y: Tensor, ball: Ball, index: Any = None) -> list[Any]:
         if len(Report.load(tmp_path).rows) == 8:
@@ -260,9 +275,9 @@ def test_a_run_can_be_made_longer_and_not_shorter(tmp_path: Path) -> None:
     evaluate(*arguments, out=tmp_path, limit=6, batch_size=4)
     longer = evaluate(*arguments, out=tmp_path, limit=15, batch_size=4)
     assert timeless(longer) == timeless(evaluate(*arguments, limit=15, batch_size=4))
-    with pytest.raises(ReportError, match="holds 15 rows that are not the first of the 6 examples"):
+    with pytest.raises(ReportError, match="holds 15 rows that are not blocks of the 6 examples"):
         evaluate(*arguments, out=tmp_path, limit=6, batch_size=4)
-    with pytest.raises(ReportError, match="rows that are not the first"):
+    with pytest.raises(ReportError, match="rows that are not blocks"):
         evaluate(*arguments, out=tmp_path, indices=list(range(22, -1, -1)), batch_size=4)
     assert len(Report.load(tmp_path).rows) == 15
 

@@ -52,6 +52,14 @@ def test_counts_by_hand() -> None:
     assert stages == {"ibp": (1, 0, 0, 0.25), "pgd": (0, 0, 1, 0.5), "crown": (1, 1, 0, 1.25)}
 
 
+def test_undecided_rows_come_nearest_to_zero_first() -> None:
+    bounds = {0: -0.3, 1: None, 2: -0.01, 3: 1e-9}
+    rows = tuple(dataclasses.replace(unknown(i), margin_lb=bound, domains=i) for i, bound in bounds.items())
+    report = Report(HEADER, (certified(9), *rows, falsified(8)))
+    assert [row.index for row in report.undecided()] == [3, 2, 0, 1]
+    assert report.summary().stages["crown"].domains == 6
+
+
 def test_an_empty_report_has_rates_without_a_value() -> None:
     summary = Report(HEADER).summary()
     assert summary.examples == 0

@@ -93,6 +93,19 @@ def test_the_page_stands_alone_and_says_what_matters(tmp_path: Path) -> None:
         assert fact in text, fact
 
 
+def test_the_page_says_which_examples_stayed_unknown_and_how_far_from_a_proof() -> None:
+    rows = tuple(
+        Row(i, 0, 0, "unknown", "cascade", margin_lb=-0.1 * i, attack_margin=0.5, seconds=2.0, domains=1000 * i)
+        for i in range(1, 60)
+    )
+    text = " ".join(re.sub(r"<[^>]*>", " ", html_page(Report(HEADER, rows))).split())
+    assert "What stayed unknown" in text and "And 9 more, with bounds further from zero." in text
+    assert text.index("#1 ") < text.index("-0.1") < text.index("#2 ") < text.index("-0.2")
+    assert "2,000" in text and "1,770,000" in text, "the domains of an example and of the stage"
+    decided = dataclasses.replace(rows[0], status="certified", margin_lb=0.1, domains=0)
+    assert "What stayed unknown" not in html_page(Report(HEADER, (decided,)))
+
+
 def test_text_from_outside_cannot_become_markup() -> None:
     rows = tuple(dataclasses.replace(row, method=ATTACK) for row in report().rows)
     header = {"model": ATTACK, "data": ATTACK, "classes": [ATTACK] * 2, "attack": ATTACK, ATTACK: {ATTACK: [ATTACK]}}

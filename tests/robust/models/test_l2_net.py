@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from certify import capture, certified_radius
+from certify import capture, global_l2_radius
 from certify.bounds.global_l2 import lipschitz_constants
 from robust.initialization import INITIALIZATIONS
 from robust.l2_net import L2Net, Residual, stored_weight
@@ -158,6 +158,6 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(text: str, message: str) 
 def test_certificates_of_a_model_under_parametrizations_do_not_depend_on_its_mode() -> None:
     model = build(TEXTS[5])
     x: Tensor = torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(0))
-    in_training = certified_radius(model, x)
+    in_training = global_l2_radius(model, x)
     assert model.training
-    assert torch.equal(in_training[0], certified_radius(model.eval(), x)[0])
+    assert torch.equal(in_training[0], global_l2_radius(model.eval(), x)[0])

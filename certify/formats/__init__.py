@@ -1,0 +1,1 @@
+"""File formats of the verification community: ONNX networks and VNN-LIB properties."""
