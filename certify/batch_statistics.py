@@ -64,8 +64,9 @@ class _BatchNorm(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(x)
         wanted = list(ctx.needs_input_grad[:3])
+        # Detached: where this pass is differentiated itself (GradAlign), the rule goes through x all the way.
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad_out, x, weight, None, None, mean, inverse_std, True, ctx.eps, wanted
+            grad_out, x, weight, None, None, mean.detach(), inverse_std, True, ctx.eps, wanted
         )
         if grad_x is not None and not (grad_mean is None and grad_var is None):
             # mean = sum x / n and var = sum (x - mean)^2 / n add grad_mean / n + 2 grad_var (x - mean) / n.

@@ -106,7 +106,7 @@ class AffineOp(Op):
 
 
 class Activation(Op):
-    """A monotone elementwise function: subclasses give `forward` and `lines`."""
+    """An elementwise function: subclasses give `forward` and `lines`, and `interval` where it is not monotone."""
 
     free: ClassVar[int] = 0
     """Free parameters per neuron that alpha-CROWN may choose, each in [0, 1]."""

@@ -236,10 +236,10 @@ def _device(text: str) -> str:
 
 
 def _train(options: argparse.Namespace) -> None:
-    settings = load_recipe(options.recipe).settings if options.recipe else Settings()
+    recipe = load_recipe(options.recipe).settings.to_dict() if options.recipe else {}
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Settings)}
     changes = {name: _typed(name, value) for name, value in given.items() if value is not None}
-    settings = Settings.from_dict({**settings.to_dict(), **changes})
+    settings = Settings.from_dict({**recipe, **changes})
     check_texts(settings)
     device = _device(options.device)
     out = options.out or Path("runs") / _run_name(settings, options.recipe)
@@ -261,7 +261,8 @@ def _train(options: argparse.Namespace) -> None:
         rates = [f"{value:.2f} % {name.removeprefix('validation/')}" for name, value in checkpoint.metrics.items()]
         print(f"validation: {', '.join(rates)} ({settings.validator})")
     print(f"checkpoint: {out / CHECKPOINT}")
-    print(f"next: robust certify {out / CHECKPOINT}")
+    command = "attack" if "validation/under_attack" in checkpoint.metrics else "certify"
+    print(f"next: robust {command} {out / CHECKPOINT}")
 
 
 def _run_name(settings: Settings, recipe: str | None) -> str:

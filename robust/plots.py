@@ -47,7 +47,7 @@ LIGHT = Theme("#ffffff", "#1c1c1c", "#d4d4d4", "#9a9a9a", "#e69f00", "#0072b2", 
 DARK = Theme("#16181d", "#e8e8e8", "#3a3d45", "#9a9a9a", "#e69f00", "#56b4e9", "#cc79a7", "#f08040", "#a8a8a8")
 
 LINES = (("clean", "clean", ":"), ("under_attack", "under attack", "--"), ("certified", "certified", "-"))
-ACCURACIES = {"validation/clean": ("clean", ":"), "validation/certified": ("certified", "-")}
+ACCURACIES = {f"validation/{name}": (name, style) for name, _, style in LINES}
 TERM_COLOURS = ("#e69f00", "#009e73", "#cc79a7", "#d55e00", "#8c8c8c")
 NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
 

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from attacks.attack import ATTACKS
 from certify.verifier import VERIFIERS
 from robust.dataset import DATASETS, parse_dataset
 from robust.hook import HOOKS
@@ -113,7 +114,7 @@ def methods(name):
     yield SCHEDULES, s.lr_schedule
     yield SCHEDULES, s.eps_schedule
     yield MODELS, s.model
-    yield VERIFIERS, s.validator
+    yield ATTACKS if s.validator.partition(":")[0] in ATTACKS else VERIFIERS, s.validator
     yield from ((REGULARIZERS, text) for text in s.regularizers)
     yield from ((HOOKS, text) for text in s.hooks)
 
