@@ -55,9 +55,9 @@ class Objective(Protocol):
         ...
 
 
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy per example, `[B]`."""
-    return F.cross_entropy(logits, y, reduction="none")
+    return F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
 
 
 def certified_cross_entropy(margins: Tensor, y: Tensor) -> Tensor:

@@ -134,12 +134,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Published:
-    """A row of a paper's table that a recipe stands for; accuracies in percent, None where none is published."""
+    """A row of a paper's table that a recipe stands for; accuracies in percent, None where none is published.
+
+    `attack` is what the accuracy `adversarial` was measured with.
+    """
 
     clean: float | None
     certified: float | None
     source: str
     adversarial: float | None = None
+    attack: str = ""
 
 
 @dataclass(frozen=True)

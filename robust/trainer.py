@@ -136,8 +136,9 @@ class _Run:
         self.eps_schedule = SCHEDULES.parse(settings.eps_schedule)
         self.lr_schedule = SCHEDULES.parse(settings.lr_schedule)
         objective = OBJECTIVES.parse(settings.objective)
+        self.epoch_size = self.train_images.epoch_size(settings.batch_size)
         self.replays = getattr(objective, "replays", 1)
-        self.steps_per_epoch = self.replays * max(1, math.ceil(len(self.train_images) / settings.batch_size))
+        self.steps_per_epoch = self.replays * max(1, math.ceil(self.epoch_size / settings.batch_size))
         facts = self._facts()
         self.objective = begin(objective, facts)
         self.regularizers = [begin(REGULARIZERS.parse(text), facts) for text in settings.regularizers]
@@ -297,7 +298,7 @@ class _Run:
             **{f"loss/{name}": value for name, value in means.items()},
             **({f"validation/{name}": value for name, value in self.progress.metrics.items()} if due else {}),
             "seconds": seconds,
-            "images_per_second": len(self.train_images) / seconds,
+            "images_per_second": self.epoch_size / seconds,
         }
         if self.writer is not None:
             for name, value in record.items():
@@ -358,7 +359,7 @@ class _Run:
 
         A last batch of one image, of which BatchNorm has no statistics, takes the epoch's first image along.
         """
-        order = torch.randperm(len(self.train_images), generator=seeded("cpu", self.settings.seed, "order", epoch))
+        order = self.train_images.epoch(self.settings.batch_size, seeded("cpu", self.settings.seed, "order", epoch))
         if len(order) % self.settings.batch_size == 1 and len(order) > 1:
             order = torch.cat([order, order[:1]])
         return order
