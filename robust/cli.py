@@ -1,4 +1,4 @@
-"""The command line: `robust train | certify | attack | report | methods | recipes`.
+"""The command line: `robust train | certify | attack | compare | report | methods | recipes`.
 
 Entry points stay thin: they read settings, call the library and print where the results are. Flags are run-level only;
 a method's hyper-parameters are fields of its text, such as `--objective mtl_ibp:ibp_weight=0.01`.
@@ -27,6 +27,8 @@ from attacks.threat import Ball, make_ball
 from certify.verifier import VERIFIERS
 from robust.allocator import keep_freed_memory
 from robust.checkpoint import Checkpoint, CheckpointError, load, load_state_dict_file
+from robust.comparison import as_text
+from robust.comparison_folder import compare_runs
 from robust.dataset import DataSet, MissingData, data_root, parse_dataset
 from robust.eps_curve import EpsCurve, eps_curve
 from robust.evaluate import evaluate
@@ -67,6 +69,9 @@ A run that was interrupted or killed goes on when the same command is given agai
     "attack": """examples:
   robust attack runs/digits_mtl_ibp/checkpoint.safetensors
   robust attack model.safetensors --attack pgd:steps=50,restarts=10 --limit 1000""",
+    "compare": """examples:
+  robust compare runs/trades runs/trades_dafa --attacks pgd:steps=20 apgd_t
+  robust compare runs/pgd --limit 1000""",
     "report": """example:
   robust report runs/digits_mtl_ibp/certify""",
     "methods": """examples:
@@ -143,6 +148,17 @@ def _parser() -> argparse.ArgumentParser:
     attack = _command(commands, "attack", _attack, "accuracy of a checkpoint under an attack, as a report")
     _add_evaluation(attack)
     attack.add_argument("--attack", default="apgd", help="attack and its fields (default: apgd)")
+    compare = _command(commands, "compare", _compare, "attack best and last weights of runs, side by side")
+    compare.add_argument("runs", type=Path, nargs="+", help="folders of finished runs; fairness is against the first")
+    compare.add_argument(
+        "--attacks", nargs="+", default=["pgd:steps=20", "apgd_t"], metavar="ATTACK", help="attacks (default: pgd:steps=20 apgd_t)"
+    )
+    compare.add_argument("--limit", type=_count, metavar="N", help="only the first N test images")
+    compare.add_argument(
+        "--batch-size", type=_count, metavar="N", default=100, help="images decided and written together (default: 100)"
+    )
+    compare.add_argument("--out", type=Path, help="folder of the comparison (default: comparison/ in the first run)")
+    _add_machine(compare)
     report = _command(commands, "report", _report, "draw the report of a finished or running evaluation again")
     report.add_argument("folder", type=Path, help="folder with rows.jsonl")
     methods = _command(commands, "methods", _methods, "list methods and their fields")
@@ -291,6 +307,24 @@ def _certify(options: argparse.Namespace) -> None:
 
 def _attack(options: argparse.Namespace) -> None:
     _judge(options, None, ATTACKS.parse(options.attack))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    out = options.out or options.runs[0] / "comparison"
+    for text in options.attacks:
+        ATTACKS.parse(text)
+    lines = compare_runs(
+        options.runs,
+        options.attacks,
+        out,
+        root=options.root,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        device=_device(options.device),
+        progress=not options.quiet,
+    )
+    print(as_text(lines))
+    print(f"comparison: {out / 'comparison.html'}")
 
 
 def _judge(options: argparse.Namespace, verifier: Any, attack: Any) -> None:
