@@ -147,7 +147,8 @@ PER_EXAMPLE = [name for name in OBJECTIVES.names() if name not in ("exp_ibp", "t
 
 
 def without_noise(name: str) -> object:
-    return of_one_batch(name, **({"attack": oracle.Fixed()} if "attack" in fields_of(name) else {}))
+    changes = {"attack": oracle.Fixed(), "noise": 0.0}
+    return of_one_batch(name, **{key: value for key, value in changes.items() if key in fields_of(name)})
 
 
 @pytest.mark.parametrize("name", PER_EXAMPLE)
