@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from certify.ops.batch_norm import Statistics
 
 
-def batch_norm(
-    layer: nn.modules.batchnorm._BatchNorm, x: Tensor, constant: bool = False
-) -> tuple[Tensor, Statistics]:
+def batch_norm(layer: nn.modules.batchnorm._BatchNorm, x: Tensor, constant: bool = False) -> tuple[Tensor, Statistics]:
     """Training-mode output of `layer` on `x` `[B, C, ...]`, with the batch's mean and biased variance `[C]`.
 
     Running statistics are updated as the layer would. Raises ValueError for a batch of one number per channel.

@@ -151,7 +151,11 @@ def _parser() -> argparse.ArgumentParser:
     compare = _command(commands, "compare", _compare, "attack best and last weights of runs, side by side")
     compare.add_argument("runs", type=Path, nargs="+", help="folders of finished runs; fairness is against the first")
     compare.add_argument(
-        "--attacks", nargs="+", default=["pgd:steps=20", "apgd_t"], metavar="ATTACK", help="attacks (default: pgd:steps=20 apgd_t)"
+        "--attacks",
+        nargs="+",
+        default=["pgd:steps=20", "apgd_t"],
+        metavar="ATTACK",
+        help="attacks (default: pgd:steps=20 apgd_t)",
     )
     compare.add_argument("--limit", type=_count, metavar="N", help="only the first N test images")
     compare.add_argument(

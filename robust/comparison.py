@@ -1,4 +1,4 @@
-"""Adversarial training judged: runs side by side, best and last weights, average and worst class, under every attack."""
+"""Adversarial training judged: runs side by side, best and last weights, average and worst class, every attack."""
 
 from __future__ import annotations
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +62,20 @@ def compare_runs(runs: Sequence[Path], attacks: Sequence[str], out: Path, **opti
 
 def write_comparison(lines: Sequence[Line], curves: Mapping[str, RobustCurve], out: Path) -> Path:
     """Write comparison.json, comparison.csv, PNG pictures and comparison.html to `out`; return the path of the page."""
-    records = [dataclasses.asdict(line) for line in lines]
-    write_whole(out / "comparison.json", json.dumps(json.loads(encode(records)), indent=2, ensure_ascii=False) + "\n")
+    facts = {"lines": [dataclasses.asdict(line) for line in lines]}
+    write_whole(out / "comparison.json", json.dumps(json.loads(encode(facts)), indent=2, ensure_ascii=False) + "\n")
     write_whole(out / "comparison.csv", as_csv(lines))
-    drawings = []
+    drawings: list[tuple[str, str, str, Callable[[plots.Theme], Figure]]] = []
     for number, attack in enumerate(dict.fromkeys(line.attack for line in lines)):
         some = [line for line in lines if line.attack == attack]
         text = f"Each bar holds the next: clean accuracy, accuracy under {attack}, and that of the worst class."
-        drawings.append((f"accuracies_{number}", f"Under {attack}", text, lambda theme, s=some: accuracies(s, theme)))
+        drawings.append((f"accuracies_{number}", f"Under {attack}", text, functools.partial(accuracies, some)))
     if curves:
-        text = "Accuracy under the validator's attack on held-out images; the dot is the best epoch, what falls behind it "
+        text = (
+            "Accuracy under the validator's attack on held-out images; the dot is the best epoch, what falls behind it "
+        )
         text += "is robust overfitting."
-        drawings.append(("overfitting", "Robust overfitting", text, lambda theme: overfitting(curves, theme)))
+        drawings.append(("overfitting", "Robust overfitting", text, functools.partial(overfitting, curves)))
     pictures = []
     for name, title, text, draw in drawings:
         light, dark = plots.png(draw(plots.LIGHT)), plots.png(draw(plots.DARK))

@@ -63,10 +63,10 @@ def comparison_page(rows: Sequence[Mapping[str, str]], pictures: Sequence[Pictur
     """
     table = _table(list(rows[0]), [[_text(cell) for cell in row.values()] for row in rows]) if rows else ""
     words = (
-        "Best: the weights of the best epoch on held-out training images; last: those of the last epoch. Robust: the share "
-        "that is right and for which the attack found no other prediction, an upper bound. Fairness: relative change of the "
-        "worst class plus that of the average, against the first run (Lee et al. 2024). Overfitting: best less last, "
-        "in points."
+        "Best: the weights of the best epoch on held-out training images; last: those of the last epoch. Robust: the "
+        "share that is right and for which the attack found no other prediction, an upper bound. Fairness: relative "
+        "change of the worst class plus that of the average, against the first run (Lee et al. 2024). Overfitting: "
+        "best less last, in points."
     )
     sections = [f"<section>{table}<p>{words}</p></section>", *map(_picture, pictures)]
     return _page("Comparison of runs", "Robustness", "Comparison of runs", sections)

@@ -28,7 +28,6 @@ from certify.graph import capture
 from robust.active import Active, Moment, RunFacts, active_among, begin
 from robust.batch_norm import has_batch_norm, reestimate_statistics
 from robust.checkpoint import Checkpoint, load
-from robust.dataset import DataSet
 from robust.files import JsonLines, write_whole
 from robust.hook import HOOKS
 from robust.interruption import Interruption

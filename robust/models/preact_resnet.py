@@ -17,9 +17,7 @@ class PreActBlock(nn.Module):
     Where the shape changes, the shortcut is a 1x1 convolution of relu(bn(x)) instead of x.
     """
 
-    def __init__(
-        self, channels_in: int, channels_out: int, stride: int, activation: type[nn.Module] = nn.ReLU
-    ) -> None:
+    def __init__(self, channels_in: int, channels_out: int, stride: int, activation: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(channels_in)
         self.relu1 = activation()

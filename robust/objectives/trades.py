@@ -20,8 +20,9 @@ from robust.views import Views
 class TRADES:
     """CE(z(x), y) + w KL(p(x) || p(x_adv)), the points being those of largest KL (Zhang et al. 2019).
 
-    Both arguments of the KL carry gradient. Passes in training mode: x, then x_adv. In l2 the authors' steps are 2 / steps
-    of the radius: `attack=(pgd:steps=10,step_size=0.2,loss=kl,start=gaussian,keep=last,mode=keep,cut_first=true)`.
+    Both arguments of the KL carry gradient. Passes in training mode: x, then x_adv. In l2 the authors' steps are
+    2 / steps of the radius, and points are cut by the pixel range first:
+    `attack=(pgd:steps=10,step_size=0.2,loss=kl,start=gaussian,keep=last,mode=keep,cut_first=true)`.
 
     Args:
         kl_weight: w (beta in the paper, 1 / lambda).

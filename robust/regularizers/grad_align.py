@@ -43,7 +43,7 @@ class GradAlign:
 
 
 def mean_cosine(first: Tensor, second: Tensor) -> Tensor:
-    """Mean over the examples `[B, ...]` whose two vectors are not 0 of the cosine between them; 1 where none is left."""
+    """Mean cosine over the examples `[B, ...]` of which neither vector is 0; 1 where none is left."""
     first, second = first.flatten(1), second.flatten(1)
     some = (first != 0).any(1) & (second != 0).any(1)
     if not some.any():

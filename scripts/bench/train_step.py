@@ -129,9 +129,7 @@ class Case:
         def run() -> None:
             self.optimizer.zero_grad()
             generator = torch.Generator(self.x.device).manual_seed(0)
-            loss = BatchLoss(
-                self.graph, self.x, self.y, StepPlan(objective, [], 1.0, 1.0, generator), self.settings
-            )
+            loss = BatchLoss(self.graph, self.x, self.y, StepPlan(objective, [], 1.0, 1.0, generator), self.settings)
             perturbed = Perturbed(perturbation(self.model, loss) if perturbation else [], "after_step")
             loss.backward()
             perturbed.restore("after_step")

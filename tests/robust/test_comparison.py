@@ -45,7 +45,8 @@ def test_average_worst_class_fairness_and_overfitting_are_counted_by_hand() -> N
 
 
 @pytest.mark.parametrize(
-    "robust, worst, published", [(44.68, 25.84, 0.11), (50.78, 27.62, 0.32), (45.89, 17.82, -0.24), (49.05, 30.53, 0.42)]
+    "robust, worst, published",
+    [(44.68, 25.84, 0.11), (50.78, 27.62, 0.32), (45.89, 17.82, -0.24), (49.05, 30.53, 0.42)],
 )
 def test_fairness_gives_the_figures_that_dafas_authors_print(robust: float, worst: float, published: float) -> None:
     def line(average: float, least: float) -> Line:
@@ -87,7 +88,7 @@ def test_a_selected_run_is_judged_at_its_best_and_its_last_weights_on_the_comman
     command = ["compare", *runs, "--attacks", "pgd:steps=2", "fgsm", "--limit", "50", "--quiet", "--device", "cpu"]
     assert main(command) == 0
     out = tmp_path / "chosen" / "comparison"
-    lines = json.loads((out / "comparison.json").read_text())
+    lines = json.loads((out / "comparison.json").read_text())["lines"]
     assert [(line["run"], line["weights"], line["attack"]) for line in lines] == [
         (run, weights, attack)
         for run, weights in (("chosen", "best"), ("chosen", "last"), ("plain", "last"))

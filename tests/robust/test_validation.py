@@ -44,7 +44,7 @@ def line_of_pixels() -> DataSet:
 
 def test_an_attack_measures_the_share_that_is_right_and_holds_out() -> None:
     data, model = line_of_pixels(), Threshold().train()
-    robust = int((((data.test.pixels.flatten() - 0.5).abs() > 0.1)).sum()) - 1
+    robust = int(((data.test.pixels.flatten() - 0.5).abs() > 0.1).sum()) - 1
     found = validate(model, data, LinfBall(0.1), PGD(steps=5), torch.device("cpu"))
     assert found == {"clean": pytest.approx(100 * 299 / 300), "under_attack": pytest.approx(100 * robust / 300)}
     assert model.training and decisive(found) == found["under_attack"]

@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_refused(side, label, fraction, message, tmp_path: 
 
 def test_a_mini_batch_too_small_for_its_share_is_refused():
     images = MixedImages(numbered(4, 0), numbered(5, 100), 0.9)
-    with pytest.raises(ValueError, match=r"a mini-batch of 4 can not hold 0.9 of extra images"):
+    with pytest.raises(ValueError, match=r"a mini-batch of 4 can not hold 0\.9 of extra images"):
         images.epoch_size(4)
 
 
@@ -92,7 +92,7 @@ def test_class_sizes_fall_by_the_ratio_and_the_test_images_stay():
     data = parse_dataset("long_tail:data=(digits),ratio=20")(None)
     whole = parse_dataset("digits")(None)
     assert len(data.test) == len(whole.test) and len(data.train) < len(whole.train)
-    with pytest.raises(ValueError, match="ratio=0.5: expected the largest class over the smallest"):
+    with pytest.raises(ValueError, match=r"ratio=0\.5: expected the largest class over the smallest"):
         parse_dataset("long_tail:ratio=0.5")
 
 

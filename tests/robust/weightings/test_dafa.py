@@ -139,7 +139,7 @@ def test_on_adversarial_training_the_one_term_is_weighted_and_the_attack_keeps_t
 
     table = torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=torch.float64)
     attack = PGD(steps=10, step_size=0.25, start="clean", keep="last", mode="keep")
-    moves, y, loss = attacked_with([Table(table)], PGDTraining(attack=attack, batch_norm="own"))
+    moves, y, _ = attacked_with([Table(table)], PGDTraining(attack=attack, batch_norm="own"))
     torch.testing.assert_close(moves, 0.01 * table[y], rtol=1e-6, atol=1e-9)
     active = DAFA(warmup_epochs=1).start(SimpleNamespace(epochs=2, classes=4))
     active.table = table
