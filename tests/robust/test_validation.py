@@ -13,6 +13,7 @@ from attacks.methods.pgd import PGD
 from attacks.registry import UnknownName
 from attacks.threat import LinfBall
 from certify.verifier import VERIFIERS
+from robust import validation
 from robust.checkpoint import load
 from robust.cli import main
 from robust.dataset import DataSet
@@ -49,6 +50,15 @@ def test_an_attack_measures_the_share_that_is_right_and_holds_out() -> None:
     assert found == {"clean": pytest.approx(100 * 299 / 300), "under_attack": pytest.approx(100 * robust / 300)}
     assert model.training and decisive(found) == found["under_attack"]
     assert decisive({"clean": 3.0, "certified": 2.0}) == 2.0
+
+
+def test_an_image_that_is_wrong_stays_wrong_whatever_the_attack_makes_of_it() -> None:
+    def mirrored(model: nn.Module, x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return 1 - x
+
+    x, y = torch.tensor([0.1, 0.9]).view(-1, 1, 1, 1), torch.tensor([1, 1])
+    found = validation._attacked(Threshold(), x, y, LinfBall(1.0), mirrored, torch.arange(2))
+    assert found == {"clean": 1, "under_attack": 0}
 
 
 def test_a_validators_text_names_an_attack_or_a_verifier() -> None:
