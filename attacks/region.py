@@ -32,12 +32,12 @@ class Region(Protocol):
         """The region of a subset of the examples."""
 
 
-def region_around(x: Tensor, ball: Ball, unit: Unit = "eps") -> Region:
-    """Region of the ball around x; the unit "box" exists for Linf only."""
+def region_around(x: Tensor, ball: Ball, unit: Unit = "eps", cut_first: bool = False) -> Region:
+    """Region of the ball around x; the unit "box" exists for Linf only, `cut_first` matters in the other norms only."""
     if not isinstance(ball, LinfBall):
         if unit == "box":
             raise ValueError(f"steps in units of the box need an linf ball, got {ball.norm}")
-        return NormRegion(x, ball)
+        return NormRegion(x, ball, cut_first=cut_first)
     lo, hi = ball.box(x)
     if unit == "box":
         return BoxRegion(lo, hi, (hi - lo) / 2)
@@ -77,13 +77,19 @@ class BoxRegion:
 
 @dataclass(frozen=True)
 class NormRegion:
-    """The points of an L2 or L1 ball around x."""
+    """The points of an L2 or L1 ball around x.
+
+    `cut_first` cuts points by the pixel range before they are projected to the ball, rather than behind it.
+    """
 
     x: Tensor
     ball: Ball
     pace: float | Tensor = 1.0
+    cut_first: bool = False
 
     def project_(self, point: Tensor) -> Tensor:
+        if self.cut_first and self.ball.pixel_range is not None:
+            point.clamp_(*self.ball.pixel_range)
         return point.copy_(self.ball.project(point, self.x))
 
     def sample(self, generators: Generators) -> Tensor:
@@ -97,4 +103,4 @@ class NormRegion:
 
     def select(self, rows: Tensor) -> NormRegion:
         pace = self.pace[rows] if isinstance(self.pace, Tensor) else self.pace
-        return NormRegion(self.x[rows], self.ball.select(rows), pace)
+        return NormRegion(self.x[rows], self.ball.select(rows), pace, self.cut_first)

@@ -14,15 +14,20 @@ from torch import Tensor, nn
 from certify.ops.batch_norm import Statistics
 
 
-def batch_norm(layer: nn.modules.batchnorm._BatchNorm, x: Tensor) -> tuple[Tensor, Statistics]:
+def batch_norm(layer: nn.modules.batchnorm._BatchNorm, x: Tensor, constant: bool = False) -> tuple[Tensor, Statistics]:
     """Training-mode output of `layer` on `x` `[B, C, ...]`, with the batch's mean and biased variance `[C]`.
 
     Running statistics are updated as the layer would. Raises ValueError for a batch of one number per channel.
+
+    Args:
+        constant: gradients flow to x alone, not to the layer's weight and bias.
     """
     count = x.numel() // x.shape[1]
     if count < 2:
         raise ValueError(f"BatchNorm needs more than one value per channel in training, got input {tuple(x.shape)}")
-    out, mean, var = _BatchNorm.apply(x, layer.weight, layer.bias, layer.eps)
+    affine = (layer.weight, layer.bias)
+    weight, bias = (None if part is None else part.detach() for part in affine) if constant else affine
+    out, mean, var = _BatchNorm.apply(x, weight, bias, layer.eps)
     if layer.track_running_stats and layer.running_mean is not None and layer.running_var is not None:
         with torch.no_grad():
             assert layer.num_batches_tracked is not None
@@ -38,9 +43,15 @@ class _BatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        out, mean, inverse_std = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
-        var = inverse_std.pow(-2).sub_(eps).clamp_(min=0)
+        if x.device.type == "cpu" and x.dim() > 2 and x.is_contiguous():
+            mean, var = _mean_and_variance(x)
+            out = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+            inverse_std = torch.rsqrt(var + eps)
+        else:
+            out, mean, inverse_std = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+            var = inverse_std.pow(-2).sub_(eps).clamp_(min=0)
         ctx.save_for_backward(x, weight, mean, inverse_std)
+        ctx.set_materialize_grads(False)  # most passes use no statistics: two passes over the activations less
         ctx.eps = eps
         return out, mean, var
 
@@ -48,15 +59,30 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_out, grad_mean, grad_var = grads
         x, weight, mean, inverse_std = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[0], weight is not None, weight is not None]
+        if grad_out is None:
+            grad_out = torch.zeros_like(x)
+        wanted = list(ctx.needs_input_grad[:3])
+        # Detached: where this pass is differentiated itself (GradAlign), the rule goes through x all the way.
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad_out, x, weight, None, None, mean, inverse_std, True, ctx.eps, wanted
+            grad_out, x, weight, None, None, mean.detach(), inverse_std, True, ctx.eps, wanted
         )
-        if grad_x is not None:
+        if grad_x is not None and not (grad_mean is None and grad_var is None):
             # mean = sum x / n and var = sum (x - mean)^2 / n add grad_mean / n + 2 grad_var (x - mean) / n.
             count = x.numel() // x.shape[1]
             shape = (1, -1, *[1] * (x.dim() - 2))
-            slope = grad_var * (2 / count)
-            offset = grad_mean / count - slope * mean
+            nothing = torch.zeros_like(mean)
+            slope = (nothing if grad_var is None else grad_var) * (2 / count)
+            offset = (nothing if grad_mean is None else grad_mean) / count - slope * mean
             grad_x.addcmul_(x, slope.view(shape)).add_(offset.view(shape))
         return grad_x, grad_weight, grad_bias, None
+
+
+def _mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of a contiguous `[B, C, ...]`.
+
+    In two passes, with vector instructions: PyTorch's own kernel for this layout is scalar and takes four times as
+    long, a thirtieth of a ResNet's step.
+    """
+    mean = x.flatten(2).mean(2).mean(0)
+    centred = (x - mean.view(-1, *[1] * (x.dim() - 2))).flatten(2)
+    return mean, torch.linalg.vector_norm(centred, dim=2).square_().sum(0) / (len(x) * centred.shape[2])

@@ -135,10 +135,13 @@ class Graph:
             nodes.append(Node(step.name, op, inputs, step.shape))
         return Snapshot(tuple(nodes))
 
-    def forward_train(self, x: Tensor) -> tuple[Tensor, dict[int, Statistics]]:
+    def forward_train(self, x: Tensor, constant: bool = False) -> tuple[Tensor, dict[int, Statistics]]:
         """Training-mode forward pass: (logits, differentiable batch statistics by step).
 
         BatchNorm updates its running statistics as in the model's own training mode; Dropout does nothing.
+
+        Args:
+            constant: take the parameters as constants, so that gradients flow to x alone (attacks).
         """
         values: list[Any] = [x]
         statistics: dict[int, Statistics] = {}
@@ -146,8 +149,9 @@ class Graph:
         for place, step in enumerate(self.steps[1:], 1):
             op = step.build()
             if isinstance(op, BatchNorm):
-                value, statistics[place] = batch_norm(op.layer, values[step.inputs[0]])
+                value, statistics[place] = batch_norm(op.layer, values[step.inputs[0]], constant)
             else:
+                op = _map_tensors(op, Tensor.detach) if constant else op
                 value = op.forward(*(values[i] for i in step.inputs))
             values.append(value)
             for i in step.inputs:

@@ -162,7 +162,7 @@ class Adjoint(AffineOp):
 
 
 class Activation(Op):
-    """A monotone elementwise function: subclasses give `forward` and `lines`."""
+    """An elementwise function: subclasses give `forward` and `lines`, and `interval` where it is not monotone."""
 
     free: ClassVar[int] = 0
     """Free parameters per neuron that alpha-CROWN may choose, each in [0, 1]."""

@@ -1,4 +1,4 @@
-"""The command line: `robust train | certify | attack | lipschitz | vnnlib | report | methods | recipes`.
+"""The command line: `robust train | certify | attack | lipschitz | vnnlib | compare | report | methods | recipes`.
 
 Entry points stay thin: they read settings, call the library and print where the results are. Flags are run-level only;
 a method's hyper-parameters are fields of its text, such as `--objective mtl_ibp:ibp_weight=0.01`.
@@ -30,6 +30,8 @@ from certify.lipschitz.local import METHODS as LIPSCHITZ
 from certify.verifier import VERIFIERS
 from robust.allocator import keep_freed_memory
 from robust.checkpoint import Checkpoint, CheckpointError, load, load_state_dict_file
+from robust.comparison import as_text
+from robust.comparison_folder import compare_runs
 from robust.crew import Crew, CrewError
 from robust.dataset import DataSet, MissingData, data_root, parse_dataset
 from robust.eps_curve import EpsCurve, eps_curve
@@ -83,6 +85,9 @@ A run that was interrupted or killed goes on when the same command is given agai
   robust vnnlib instances.csv --out results    lines of network,property,seconds, as in VNN-COMP
 
 Prints sat, unsat, timeout or unknown; after sat, a counterexample that onnxruntime confirms without tolerance.""",
+    "compare": """examples:
+  robust compare runs/trades runs/trades_dafa --attacks pgd:steps=20 apgd_t
+  robust compare runs/pgd --limit 1000""",
     "report": """example:
   robust report runs/digits_mtl_ibp/certify""",
     "methods": """examples:
@@ -172,6 +177,21 @@ def _parser() -> argparse.ArgumentParser:
     vnnlib.add_argument("property", type=Path, nargs="?", help="VNN-LIB file")
     vnnlib.add_argument("--timeout", help="seconds for the property (default: no limit); a CSV file has its own")
     vnnlib.add_argument("--out", type=Path, help="result file, or the folder of a CSV file's results")
+    compare = _command(commands, "compare", _compare, "attack best and last weights of runs, side by side")
+    compare.add_argument("runs", type=Path, nargs="+", help="folders of finished runs; fairness is against the first")
+    compare.add_argument(
+        "--attacks",
+        nargs="+",
+        default=["pgd:steps=20", "apgd_t"],
+        metavar="ATTACK",
+        help="attacks (default: pgd:steps=20 apgd_t)",
+    )
+    compare.add_argument("--limit", type=_count, metavar="N", help="only the first N test images")
+    compare.add_argument(
+        "--batch-size", type=_count, metavar="N", default=100, help="images decided and written together (default: 100)"
+    )
+    compare.add_argument("--out", type=Path, help="folder of the comparison (default: comparison/ in the first run)")
+    _add_machine(compare)
     report = _command(commands, "report", _report, "draw the report of a finished or running evaluation again")
     report.add_argument("folder", type=Path, help="folder with rows.jsonl")
     methods = _command(commands, "methods", _methods, "list methods and their fields")
@@ -265,10 +285,10 @@ def _device(text: str) -> str:
 
 
 def _train(options: argparse.Namespace) -> None:
-    settings = load_recipe(options.recipe).settings if options.recipe else Settings()
+    recipe = load_recipe(options.recipe).settings.to_dict() if options.recipe else {}
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Settings)}
     changes = {name: _typed(name, value) for name, value in given.items() if value is not None}
-    settings = Settings.from_dict({**settings.to_dict(), **changes})
+    settings = Settings.from_dict({**recipe, **changes})
     check_texts(settings)
     device = _device(options.device)
     out = options.out or Path("runs") / _run_name(settings, options.recipe)
@@ -290,7 +310,8 @@ def _train(options: argparse.Namespace) -> None:
         rates = [f"{value:.2f} % {name.removeprefix('validation/')}" for name, value in checkpoint.metrics.items()]
         print(f"validation: {', '.join(rates)} ({settings.validator})")
     print(f"checkpoint: {out / CHECKPOINT}")
-    print(f"next: robust certify {out / CHECKPOINT}")
+    command = "attack" if "validation/under_attack" in checkpoint.metrics else "certify"
+    print(f"next: robust {command} {out / CHECKPOINT}")
 
 
 def _run_name(settings: Settings, recipe: str | None) -> str:
@@ -319,6 +340,24 @@ def _certify(options: argparse.Namespace) -> None:
 
 def _attack(options: argparse.Namespace) -> None:
     _judge(options, None, ATTACKS.parse(options.attack))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    out = options.out or options.runs[0] / "comparison"
+    for text in options.attacks:
+        ATTACKS.parse(text)
+    lines = compare_runs(
+        options.runs,
+        options.attacks,
+        out,
+        root=options.root,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        device=_device(options.device),
+        progress=not options.quiet,
+    )
+    print(as_text(lines))
+    print(f"comparison: {out / 'comparison.html'}")
 
 
 def _lipschitz(options: argparse.Namespace) -> None:

@@ -56,7 +56,29 @@ def html_page(report: Report, pictures: Sequence[Picture] = (), examples: Sequen
         _class_table(report, summary),
         _header_table(report.header),
     ]
-    return _PAGE.format(title=_text(title), style=_STYLE, body="\n".join(filter(None, sections)))
+    return _page(f"{_text(title)}: robustness report", "Robustness report", _text(title), sections)
+
+
+def comparison_page(rows: Sequence[Mapping[str, str]], pictures: Sequence[Picture]) -> str:
+    """A page of runs side by side.
+
+    Args:
+        rows: cells by the name of their column, the same names in every row.
+    """
+    table = _table(list(rows[0]), [[_text(cell) for cell in row.values()] for row in rows]) if rows else ""
+    words = (
+        "Best: the weights of the best epoch on held-out training images; last: those of the last epoch. Robust: the "
+        "share that is right and for which the attack found no other prediction, an upper bound. Fairness: relative "
+        "change of the worst class plus that of the average, against the first run (Lee et al. 2024). Overfitting: "
+        "best less last, in points."
+    )
+    sections = [f"<section>{table}<p>{words}</p></section>", *map(_picture, pictures)]
+    return _page("Comparison of runs", "Robustness", "Comparison of runs", sections)
+
+
+def _page(title: str, kicker: str, heading: str, sections: Sequence[str]) -> str:
+    body = "\n".join(filter(None, sections))
+    return _PAGE.format(title=title, kicker=kicker, heading=heading, style=_STYLE, body=body)
 
 
 def percent(value: float) -> str:
@@ -227,7 +249,13 @@ def _class_table(report: Report, summary: Summary) -> str:
     ]
     words = {"certified": ("certified", "95 % interval"), "under_attack": ("under attack",), "clean": ("clean",)}
     heads = ("class", *(word for name in report.measured() for word in words[name]), "examples")
-    return f"<section><h2>Per class</h2>{_table(heads, rows)}</section>"
+    worst = "; ".join(
+        f"{name.replace('_', ' ')}: {_text(class_name(report, label))} with "
+        f"{percent(getattr(summary.classes[label], name).fraction)}"
+        for name in report.measured()
+        for label in [summary.worst_class(name)]
+    )
+    return f"<section><h2>Per class</h2>{_table(heads, rows)}<p>Worst class {worst}.</p></section>"
 
 
 def _cells(report: Report, rates: Rates) -> list[str]:
@@ -290,14 +318,14 @@ _PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{title}: robustness report</title>
+<title>{title}</title>
 <style>
 {style}
 </style>
 </head>
 <body>
 <main>
-<header><p>Robustness report</p><h1>{title}</h1></header>
+<header><p>{kicker}</p><h1>{heading}</h1></header>
 {body}
 </main>
 </body>

@@ -49,6 +49,14 @@ class Images(ABC):
         kept, held_out = stratified_split(self.labels, fraction, seed)
         return self.subset(kept), self.subset(held_out)
 
+    def epoch(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Indices of an epoch's images in the order of training, `batch_size` of them a step; each of them once."""
+        return torch.randperm(len(self), generator=generator)
+
+    def epoch_size(self, batch_size: int) -> int:
+        """How many indices `epoch` gives."""
+        return len(self)
+
 
 class MemoryImages(Images):
     """Images held as one tensor.

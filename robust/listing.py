@@ -90,5 +90,6 @@ def _published(recipe: Recipe) -> str:
     row = recipe.published
     if row is None:
         return "-"
-    numbers = [f"{kind} {value}" for kind, value in (("clean", row.clean), ("certified", row.certified)) if value]
+    figures = (("clean", row.clean), (row.attack or "attacked", row.adversarial), ("certified", row.certified))
+    numbers = [f"{kind} {value}" for kind, value in figures if value]
     return f"{', '.join(numbers) or 'no figure'}   [{row.source}]"

@@ -47,7 +47,7 @@ LIGHT = Theme("#ffffff", "#1c1c1c", "#d4d4d4", "#9a9a9a", "#e69f00", "#0072b2", 
 DARK = Theme("#16181d", "#e8e8e8", "#3a3d45", "#9a9a9a", "#e69f00", "#56b4e9", "#cc79a7", "#f08040", "#a8a8a8")
 
 LINES = (("clean", "clean", ":"), ("under_attack", "under attack", "--"), ("certified", "certified", "-"))
-ACCURACIES = {"validation/clean": ("clean", ":"), "validation/certified": ("certified", "-")}
+ACCURACIES = {f"validation/{name}": (name, style) for name, _, style in LINES}
 TERM_COLOURS = ("#e69f00", "#009e73", "#cc79a7", "#d55e00", "#8c8c8c")
 NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
 
@@ -73,7 +73,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def over_eps(curve: EpsCurve, eps: float | None = None, theme: Theme = LIGHT) -> Figure:
     """Accuracies against the radius; `eps` marks the radius of the report with a vertical line."""
-    figure, (axes,) = _figure(theme, 5.4, 3.5)
+    figure, (axes,) = empty_figure(theme, 5.4, 3.5)
     unit, unit_name = _unit(curve)
     x = [unit * value for value in curve.eps]
     levels = {
@@ -100,7 +100,7 @@ def over_eps(curve: EpsCurve, eps: float | None = None, theme: Theme = LIGHT) ->
             annotation_clip=False,
         )
     _name_ends(axes, [(levels[name][-1], word) for name, word, _ in LINES if levels[name]], theme)
-    _percent(axes.yaxis)
+    percent_axis(axes.yaxis)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlim(left=0)
     axes.set_xlabel(f"radius ε ({NORMS.get(curve.norm, curve.norm)}, {unit_name})")
@@ -111,9 +111,10 @@ def over_eps(curve: EpsCurve, eps: float | None = None, theme: Theme = LIGHT) ->
 def per_class(report: Report, theme: Theme = LIGHT) -> Figure:
     """Clean, attacked and certified accuracy of each class, one inside the other; the worst where there are many."""
     classes = report.summary().classes
-    shown = sorted(classes, key=lambda label: classes[label].certified.fraction)[:MOST_CLASSES]
+    least = report.measured()[0]
+    shown = sorted(classes, key=lambda label: getattr(classes[label], least).fraction)[:MOST_CLASSES]
     shown = sorted(shown) if len(shown) == len(classes) else shown
-    figure, (axes,) = _figure(theme, 5.4, 1.1 + 0.34 * max(len(shown), 2))
+    figure, (axes,) = empty_figure(theme, 5.4, 1.1 + 0.34 * max(len(shown), 2))
     position = np.arange(len(shown))
     lines = [line for line in LINES if line[0] in report.measured()]
     for (name, word, _), height in zip(lines, (0.78, 0.5, 0.22), strict=False):
@@ -122,9 +123,10 @@ def per_class(report: Report, theme: Theme = LIGHT) -> Figure:
     axes.set_yticks(position, [_shorten(class_name(report, label), 18) for label in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(0, 1)
-    _percent(axes.xaxis)
+    percent_axis(axes.xaxis)
     axes.tick_params(axis="y", length=0)
-    rest = f"{len(shown)} of {len(classes)} classes, the least certified" if len(shown) < len(classes) else ""
+    word = {"certified": "least certified", "under_attack": "least robust", "clean": "worst"}[least]
+    rest = f"{len(shown)} of {len(classes)} classes, the {word}" if len(shown) < len(classes) else ""
     axes.set_xlabel(f"share of the class{f' ({rest})' if rest else ''}")
     axes.grid(visible=False, axis="y")
     axes.set_axisbelow(True)
@@ -140,7 +142,7 @@ def examples(report: Report, rows: Sequence[Row], images: Tensor, theme: Theme =
     """
     columns = max(1, min(columns, len(rows)))
     lines = max(1, -(-len(rows) // columns))
-    figure, grid = _figure(theme, 1.45 * columns + 0.2, 2.12 * lines + 0.1, lines, columns)
+    figure, grid = empty_figure(theme, 1.45 * columns + 0.2, 2.12 * lines + 0.1, lines, columns)
     for axes in grid:
         axes.set_axis_off()
     for axes, row, image in zip(grid, rows, images, strict=False):
@@ -159,10 +161,10 @@ def training_curves(records: Sequence[Mapping[str, Any]], theme: Theme = LIGHT) 
         "accuracy": {name: [(e, v / 100) for e, v in points] for name, points in _curves(records, "validation/")},
         "loss": dict(_curves(records, "loss/")),
     }
-    figure, (above, below) = _figure(theme, 5.4, 5.0, 2, 1, sharex=True)
+    figure, (above, below) = empty_figure(theme, 5.4, 5.0, 2, 1, sharex=True)
     for axes, (title, lines) in zip((above, below), panels.items(), strict=True):
         for number, (name, points) in enumerate(lines.items()):
-            colour, style = _line_look(name, number, theme)
+            colour, style = line_look(name, number, theme)
             marker = "o" if len(points) == 1 else None
             axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.9, marker=marker, label=_word(name))
         axes.set_ylabel(title)
@@ -170,7 +172,7 @@ def training_curves(records: Sequence[Mapping[str, Any]], theme: Theme = LIGHT) 
             axes.legend(
                 loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, labelcolor=theme.text, borderaxespad=0.0
             )
-    _percent(above.yaxis)
+    percent_axis(above.yaxis)
     above.set_ylim(0, 1)
     below.set_xlabel("epoch")
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -205,9 +207,10 @@ def radius(eps: float) -> str:
     return decimal
 
 
-def _figure(
+def empty_figure(
     theme: Theme, width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple[Figure, list[Axes]]:
+    """A figure without marks, and its axes row by row."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor=theme.background)
     grid = list(np.atleast_1d(figure.subplots(rows, columns, **options)).flat)
     for axes in grid:
@@ -223,7 +226,8 @@ def _figure(
     return figure, grid
 
 
-def _percent(axis: Any) -> None:
+def percent_axis(axis: Any) -> None:
+    """Label an axis of fractions in percent."""
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
@@ -296,7 +300,7 @@ def _curves(records: Sequence[Mapping[str, Any]], start: str) -> list[tuple[str,
     return list(curves.items())
 
 
-def _line_look(name: str, number: int, theme: Theme) -> tuple[str, str]:
+def line_look(name: str, number: int, theme: Theme) -> tuple[str, str]:
     """Colour and style of a curve: an accuracy looks as in the other pictures, a loss term takes the next colour."""
     if name in ACCURACIES:
         attribute, style = ACCURACIES[name]
@@ -319,7 +323,7 @@ LIPSCHITZ_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
 
 def constants_histogram(constants: Mapping[str, Sequence[float]], theme: Theme = LIGHT) -> Figure:
     """Histogram of local Lipschitz constants on a logarithmic axis; one outline for each named group of examples."""
-    figure, (axes,) = _figure(theme, 5.4, 3.5)
+    figure, (axes,) = empty_figure(theme, 5.4, 3.5)
     values = [max(v, 1e-12) for group in constants.values() for v in group]
     edges = np.geomspace(min(values) / 1.02, max(values) * 1.02, 31).tolist()
     for (name, group), colour in zip(constants.items(), _cycled(len(constants)), strict=True):
@@ -337,7 +341,7 @@ def constants_per_class(
 ) -> Figure:
     """Mean over each class of the upper bounds (bars) and of the attained values (marks)."""
     present = [k for k in range(len(classes)) if k in set(labels)][:MOST_CLASSES]
-    figure, (axes,) = _figure(theme, max(4.0, 0.5 * len(present) + 2), 3.5)
+    figure, (axes,) = empty_figure(theme, max(4.0, 0.5 * len(present) + 2), 3.5)
     means = [
         [float(np.mean([v for v, k in zip(side, labels, strict=True) if k == c])) for c in present]
         for side in (upper, lower)
@@ -354,7 +358,7 @@ def constants_over_eps(
     eps: Sequence[float], bounds: Mapping[str, tuple[Sequence[float], Sequence[float]]], theme: Theme = LIGHT
 ) -> Figure:
     """Mean (upper bound, attained value) against the radius, one pair of lines for each name."""
-    figure, (axes,) = _figure(theme, 5.4, 3.5)
+    figure, (axes,) = empty_figure(theme, 5.4, 3.5)
     for (name, (upper, lower)), colour in zip(bounds.items(), _cycled(len(bounds)), strict=True):
         axes.plot(eps, upper, "-o", color=colour, linewidth=2, markersize=4, label=f"{name}, upper bound")
         axes.plot(eps, lower, "--", color=colour, linewidth=1.6, label=f"{name}, attained")

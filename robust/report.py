@@ -144,6 +144,10 @@ class Summary:
     classes: dict[int, Rates]
     stages: dict[str, Stage]
 
+    def worst_class(self, rate: str) -> int:
+        """Label of the class where the rate of this name is least (the first of several); ValueError without rows."""
+        return min(self.classes, key=lambda label: getattr(self.classes[label], rate).fraction)
+
     def facts(self) -> dict[str, Any]:
         """JSON form."""
         return {

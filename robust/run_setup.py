@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import nn
 
-from certify.verifier import VERIFIERS
 from robust.dataset import DataSet, parse_dataset
 from robust.hook import HOOKS
 from robust.initialization import initialize_
@@ -19,13 +18,15 @@ from robust.regularizer import REGULARIZERS
 from robust.schedule import SCHEDULES
 from robust.seeds import seeded
 from robust.settings import Settings
+from robust.validation import parse_validator
 from robust.weight_perturbation import WEIGHT_PERTURBATIONS, WeightPerturbation
 from robust.weighting import WEIGHTINGS
 
-STATE, BEST, CHECKPOINT, LOG, SETTINGS = (
+STATE, BEST, CHECKPOINT, LAST, LOG, SETTINGS = (
     "state.safetensors",
     "best.safetensors",
     "checkpoint.safetensors",
+    "last.safetensors",
     "log.jsonl",
     "settings.json",
 )
@@ -51,7 +52,6 @@ def check_texts(settings: Settings) -> None:
     for registry, texts in (
         (MODELS, [settings.model]),
         (OBJECTIVES, [settings.objective]),
-        (VERIFIERS, [settings.validator]),
         (OPTIMIZERS, [settings.optimizer]),
         (SCHEDULES, [settings.eps_schedule, settings.lr_schedule]),
         (REGULARIZERS, settings.regularizers),
@@ -66,6 +66,7 @@ def check_texts(settings: Settings) -> None:
                     "change one of them"
                 )
     parse_perturbation(settings)
+    parse_validator(settings.validator)
 
 
 def parse_perturbation(settings: Settings) -> WeightPerturbation | None:

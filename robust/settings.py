@@ -12,6 +12,7 @@ from typing import Any, Literal, get_type_hints
 
 from attacks.registry import number
 from attacks.threat import Ball, make_ball
+from robust.objective import defaults_of
 
 
 class SettingsError(ValueError):
@@ -46,8 +47,8 @@ class Settings:
     """Optimiser."""
     lr_schedule: str = "constant"
     """Factor on the learning rate."""
-    eps_schedule: str = "smooth:start=0,end=10"
-    """Factor on the radius."""
+    eps_schedule: str = "auto"
+    """Factor on the radius; auto is the objective's: smooth:start=0,end=10 for certified training, else constant."""
     regularizers: tuple[str, ...] = ()
     """Terms on top of the objective, such as shi:weight=0.5 and l1:weight=1e-6."""
     weightings: tuple[str, ...] = ()
@@ -58,23 +59,26 @@ class Settings:
     """Things done on the way, such as precise_bn, ema:decay=0.999 and swa:start_epoch=65."""
     init: Literal["default", "ibp", "kaiming_normal"] = "default"
     """Starting weights."""
-    clip_norm: float = 10.0
-    """Largest norm of a step's gradient; 0 for no clipping."""
+    clip_norm: float = -1.0
+    """Largest norm of a step's gradient; 0 for no clipping, -1 for the objective's: 10 for certified training, else 0.
+    """
     augment: bool = True
     """Whether the data set's augmentation is used."""
     validation: float = 0.1
     """Share of the training images held out to measure progress and to select a checkpoint; 0 for none."""
     validate_every: int = 1
     """Epochs between validations."""
-    validator: str = "ibp"
-    """Verifier of the validation images."""
+    validator: str = "auto"
+    """Verifier or attack that judges the validation images; auto is the objective's: ibp for certified training, else
+    a short pgd."""
     select: Literal["last", "best"] = "last"
-    """Weights that are kept: the last epoch's, or those of the best certified accuracy on the validation images among
-    epochs at the full radius."""
+    """Weights that are kept: the last epoch's, or those of the best certified accuracy (accuracy under the validator's
+    attack) on the validation images among epochs at the full radius; last.safetensors then holds the last ones."""
     seed: int = 0
     """Seed of initial weights, data order, augmentation and attacks."""
 
     def __post_init__(self) -> None:
+        self._fill_in()
         self.ball()
         for name in ("epochs", "batch_size", "validate_every"):
             if getattr(self, name) < 1:
@@ -87,6 +91,13 @@ class Settings:
             raise SettingsError("select='best' needs validation images; set validation above 0")
         if not 0 <= self.micro_batch <= self.batch_size:
             raise SettingsError(f"micro_batch={self.micro_batch}: expected 0 to batch_size={self.batch_size}")
+
+    def _fill_in(self) -> None:
+        """Replace what is left open by the objective's defaults, so that a record of the run names them."""
+        open_ones = {"eps_schedule": "auto", "clip_norm": -1.0, "validator": "auto"}
+        for name, value in open_ones.items():
+            if getattr(self, name) == value:
+                object.__setattr__(self, name, getattr(defaults_of(self.objective), name))
 
     def ball(self) -> Ball:
         """Threat model of evaluation."""
@@ -123,12 +134,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Published:
-    """A row of a paper's table that a recipe stands for; accuracies in percent, None where none is published."""
+    """A row of a paper's table that a recipe stands for; accuracies in percent, None where none is published.
+
+    `attack` is what the accuracy `adversarial` was measured with.
+    """
 
     clean: float | None
     certified: float | None
     source: str
     adversarial: float | None = None
+    attack: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The training loop.
 
 A run lives in a folder: `settings.json`, `log.jsonl` (one record per epoch), `state.safetensors` (for going on after a
-kill) and at its end `checkpoint.safetensors`. All randomness is keyed by (seed, purpose, step), so a run that was
+kill) and at its end `checkpoint.safetensors`, beside which `last.safetensors` holds the last epoch's weights where the
+best ones were selected. All randomness is keyed by (seed, purpose, step), so a run that was
 killed continues from its last state with the same result, bit by bit on a CPU. What it did behind that state is done
 again: the state is saved by the clock, since a run of short epochs would spend its time on waiting for the disk.
 """
@@ -24,11 +25,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from certify.graph import capture
-from certify.verifier import VERIFIERS
 from robust.active import Active, Moment, RunFacts, active_among, begin
 from robust.batch_norm import has_batch_norm, reestimate_statistics
 from robust.checkpoint import Checkpoint, load
-from robust.dataset import DataSet
 from robust.files import JsonLines, write_whole
 from robust.hook import HOOKS
 from robust.interruption import Interruption
@@ -39,6 +38,7 @@ from robust.regularizer import REGULARIZERS
 from robust.run_setup import (
     BEST,
     CHECKPOINT,
+    LAST,
     LOG,
     SETTINGS,
     STATE,
@@ -54,10 +54,9 @@ from robust.seeds import seeded
 from robust.settings import Settings
 from robust.step import BatchLoss, StepPlan
 from robust.tensor_file import CheckpointError, load_tensors, save_tensors
+from robust.validation import decisive, parse_validator, validate, validation_batches
 from robust.weight_perturbation import Perturbed
 from robust.weighting import WEIGHTINGS
-
-VALIDATION_BATCH = 250
 
 
 @dataclass
@@ -68,7 +67,7 @@ class Progress:
         step: optimiser steps done.
         sums: of the loss terms over the present epoch's steps.
         seconds: spent on the present epoch's steps.
-        best: certified validation accuracy of the kept weights, -1 before there are any.
+        best: validation accuracy of the kept weights, certified or under attack; -1 before there are any.
         metrics: of the last validation.
     """
 
@@ -132,12 +131,13 @@ class _Run:
         self.data = training_data(settings, root)
         self.train_images = self.data.train.to(device)
         self.model = build_model(settings, self.data).to(device)
-        self.validator = VERIFIERS.parse(settings.validator)
+        self.validator = parse_validator(settings.validator)
         self.eps_schedule = SCHEDULES.parse(settings.eps_schedule)
         self.lr_schedule = SCHEDULES.parse(settings.lr_schedule)
         objective = OBJECTIVES.parse(settings.objective)
+        self.epoch_size = self.train_images.epoch_size(settings.batch_size)
         self.replays = getattr(objective, "replays", 1)
-        self.steps_per_epoch = self.replays * max(1, math.ceil(len(self.train_images) / settings.batch_size))
+        self.steps_per_epoch = self.replays * max(1, math.ceil(self.epoch_size / settings.batch_size))
         facts = self._facts()
         self.objective = begin(objective, facts)
         self.regularizers = [begin(REGULARIZERS.parse(text), facts) for text in settings.regularizers]
@@ -174,12 +174,16 @@ class _Run:
                 self.writer = stack.enter_context(self.summary_writer(str(self.out), purge_step=first + 1))
             stack.enter_context(self.interruption)
             for epoch in range(first, self.settings.epochs):
-                if any(active.finished() for active in self.active):
+                if self._finished():
                     break
                 best = self.progress.best
                 log.append([self._epoch(epoch)])
                 self._pause(at_once=self.progress.best > best)
             return self._finish()
+
+    def _finished(self) -> bool:
+        """Whether a method has ended the run before its time."""
+        return any(active.finished() for active in self.active)
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         order = self._order(epoch)
@@ -279,10 +283,11 @@ class _Run:
         self.progress.sums, self.progress.seconds = {}, 0.0
         last = self.progress.step - 1
         fraction = self.eps_schedule(last, self.steps_per_epoch, self.settings.epochs)
-        due = (epoch + 1) % self.settings.validate_every == 0 or epoch + 1 == self.settings.epochs
+        ends = epoch + 1 == self.settings.epochs or self._finished()
+        due = (epoch + 1) % self.settings.validate_every == 0 or ends
         if due and self.settings.validation:
             model = self._judged()
-            self.progress.metrics = validate(model, self.data, self.settings, self.validator, self.device)
+            self.progress.metrics = validate(model, self.data, self.settings.ball(), self.validator, self.device)
             self._select(model, fraction)
         record = {
             "epoch": epoch + 1,
@@ -292,7 +297,7 @@ class _Run:
             **{f"loss/{name}": value for name, value in means.items()},
             **({f"validation/{name}": value for name, value in self.progress.metrics.items()} if due else {}),
             "seconds": seconds,
-            "images_per_second": len(self.train_images) / seconds,
+            "images_per_second": self.epoch_size / seconds,
         }
         if self.writer is not None:
             for name, value in record.items():
@@ -314,19 +319,27 @@ class _Run:
 
     def _select(self, model: nn.Module, fraction: float) -> None:
         """Keep these weights if they are the best yet at the full radius."""
-        certified = self.progress.metrics["certified"]
-        if self.settings.select == "best" and fraction >= 1 and certified > self.progress.best:
-            self.progress.best = certified
+        accuracy = decisive(self.progress.metrics)
+        if self.settings.select == "best" and fraction >= 1 and accuracy > self.progress.best:
+            self.progress.best = accuracy
             metadata = {"step": self.progress.step, "metrics": self.progress.metrics}
             save_tensors(self.out / BEST, model.state_dict(), metadata)
 
     def _finish(self) -> Checkpoint:
         model, metrics = self._judged(), self.progress.metrics
         if (self.out / BEST).exists():
+            self._checkpoint(model, metrics).save(self.out / LAST)
             weights, metadata = load_tensors(self.out / BEST)
             model.load_state_dict(weights)
             metrics = metadata["metrics"]
-        checkpoint = Checkpoint(
+        checkpoint = self._checkpoint(model, metrics)
+        checkpoint.save(self.out / CHECKPOINT)
+        (self.out / STATE).unlink(missing_ok=True)
+        (self.out / BEST).unlink(missing_ok=True)
+        return checkpoint
+
+    def _checkpoint(self, model: nn.Module, metrics: Mapping[str, float]) -> Checkpoint:
+        return Checkpoint(
             model.eval(),
             {
                 **self.settings.to_dict(),
@@ -339,17 +352,13 @@ class _Run:
             self.settings.ball(),
             {f"validation/{name}": value for name, value in metrics.items()},
         )
-        checkpoint.save(self.out / CHECKPOINT)
-        (self.out / STATE).unlink(missing_ok=True)
-        (self.out / BEST).unlink(missing_ok=True)
-        return checkpoint
 
     def _order(self, epoch: int) -> Tensor:
         """Indices of the training images in an epoch's order.
 
         A last batch of one image, of which BatchNorm has no statistics, takes the epoch's first image along.
         """
-        order = torch.randperm(len(self.train_images), generator=seeded("cpu", self.settings.seed, "order", epoch))
+        order = self.train_images.epoch(self.settings.batch_size, seeded("cpu", self.settings.seed, "order", epoch))
         if len(order) % self.settings.batch_size == 1 and len(order) > 1:
             order = torch.cat([order, order[:1]])
         return order
@@ -375,7 +384,7 @@ class _Run:
 
     def _held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.settings.validation:
-            yield from _validation_batches(self.data, self.device)
+            yield from ((x, y) for _, x, y in validation_batches(self.data, self.device))
 
     def _facts(self) -> RunFacts:
         return RunFacts(
@@ -386,6 +395,7 @@ class _Run:
             self.settings.epochs,
             self.steps_per_epoch,
             lambda text: build_model(dataclasses.replace(self.settings, model=text), self.data).to(self.device),
+            self.settings.train_ball(),
         )
 
     def _example(self) -> Tensor:
@@ -422,24 +432,6 @@ class _Run:
         for number, active in enumerate(self.active):
             _restore_active(active, _part(tensors, f"active.{number}."), self.device)
         self.progress = Progress(**metadata["progress"])
-
-
-def validate(
-    model: nn.Module, data: DataSet, settings: Settings, verifier: Any, device: torch.device
-) -> dict[str, float]:
-    """Clean and certified accuracy on the held-out images, in percent."""
-    count = len(data.test)
-    right = certified = 0
-    for x, y in _validation_batches(data, device):
-        for verdict in verifier(model, x, y, settings.ball()):
-            right += verdict.status != "misclassified"
-            certified += verdict.status == "certified"
-    return {"clean": 100 * right / count, "certified": 100 * certified / count}
-
-
-def _validation_batches(data: DataSet, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, len(data.test), VALIDATION_BATCH):
-        yield data.test.batch(torch.arange(start, min(start + VALIDATION_BATCH, len(data.test))), device)
 
 
 def _restore_active(active: Active, state: dict[str, Tensor], device: torch.device) -> None:

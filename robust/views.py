@@ -199,16 +199,23 @@ class Views:
     def iterate(self, x: Tensor, move: bool) -> Tensor:
         """Logits of an attack's iterate in training mode; `move` says whether the running statistics follow it."""
         self._refuse_parts()
-        return self._pass_in_training(self.graph, x, move)[0]
+        return self._pass_in_training(self.graph, x, move, constant=True)[0]
+
+    @torch.no_grad()
+    def pass_idly(self, x: Tensor) -> None:
+        """A pass in training mode for the sake of the running statistics alone."""
+        self.train(x)
 
     def _refuse_parts(self) -> None:
         if self.statistics:
             raise ValueError("statistics of adversarial points need whole batches; set micro_batch=0")
 
-    def _pass_in_training(self, graph: Graph, x: Tensor, move: bool) -> tuple[Tensor, Mapping[int, Statistics]]:
+    def _pass_in_training(
+        self, graph: Graph, x: Tensor, move: bool, constant: bool = False
+    ) -> tuple[Tensor, Mapping[int, Statistics]]:
         self.moved = self.moved or move
         with nullcontext() if move else statistics_kept(graph.batch_norm_layers()):
-            return graph.forward_train(x)
+            return graph.forward_train(x, constant)
 
     def margins(self, box: Interval, snapshot: Snapshot | None = None) -> Tensor:
         """Interval lower bounds of the margins z_y - z_k over an input box, `[B, K]`, 0 in column y.

@@ -52,8 +52,11 @@ class FGSM:
         *,
         generator: torch.Generator | None = None,
         index: Tensor | None = None,
+        pace: Tensor | None = None,
     ) -> Tensor:
+        """See `Attack`; `pace` multiplies the step of every example, `[B]`."""
         region = region_around(x, ball)
+        region = region if pace is None else region.paced(pace)
         start = start_points(self.start, x, region, noise_of(self.seed, x, generator, index)(None, 0))
         plan = Ascent(steps=1, step_size=self.step_size, keep="last", precision=self.precision)
         with attack_mode(model, self.mode):

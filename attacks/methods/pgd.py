@@ -41,6 +41,7 @@ class PGD:
         mode: state of the model during the attack, see attacks.mode; attacks of training steps want keep="last" or
             "best" and mode="keep" or "train_frozen".
         seed: key of the noise where the call gets no generator.
+        cut_first: in l2, cut by the pixel range and then shorten to the radius (TRADES), not the other way round.
 
     Source: Madry et al. (2018).
     """
@@ -57,6 +58,7 @@ class PGD:
     mode: Mode = "eval"
     precision: Precision = "float32"
     seed: int = 0
+    cut_first: bool = False
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
 
@@ -96,7 +98,7 @@ class PGD:
             return points
 
     def _run(self, model: Model, loss: Loss, task: Task, generators: Generators) -> tuple[Tensor, Tensor]:
-        region = region_around(task.x, task.ball, self.unit)
+        region = region_around(task.x, task.ball, self.unit, self.cut_first)
         region = region if task.pace is None else region.paced(task.pace)
         start = start_points(self.start, task.x, region, generators)
         return ascend(model, loss, task, start, self._plan(), region)

@@ -8,7 +8,7 @@ from pathlib import Path
 from robust import torchvision_source
 from robust.augmentation import Padding, crops_and_flips
 from robust.data.npz import read_npz
-from robust.dataset import DATASETS, DataSet, MissingData, data_root
+from robust.dataset import DATASETS, DataSet, MissingData, constants, data_root
 from robust.images import Images
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -20,13 +20,15 @@ class CIFAR10:
     """`root/cifar10.npz` (fields as for `npz`) where it exists, else torchvision's `root/cifar-10-batches-py`.
 
     The default augmentation is certified training's; adversarial training's is
-    `cifar10:crop_padding=4,padding_mode=constant`.
+    `cifar10:crop_padding=4,padding_mode=constant`, and some of it does not normalise: `mean=0,std=1`.
     """
 
     download: bool = False
     flip: bool = True
     crop_padding: int = 2
     padding_mode: Padding = "edge"
+    mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
+    std: tuple[float, ...] = (0.2023, 0.1994, 0.2010)
 
     def __call__(self, root: Path | None = None) -> DataSet:
         root = data_root(root)
@@ -45,8 +47,8 @@ class CIFAR10:
             train=train,
             test=test,
             classes=CIFAR10_CLASSES,
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2023, 0.1994, 0.2010),
+            mean=constants(self.mean, 3, 0.0),
+            std=constants(self.std, 3, 1.0),
             augmentation=crops_and_flips(self.flip, self.crop_padding, self.padding_mode),
             input_shape=(3, 32, 32),
         )
@@ -61,6 +63,8 @@ class CIFAR100:
     flip: bool = True
     crop_padding: int = 2
     padding_mode: Padding = "edge"
+    mean: tuple[float, ...] = (0.5071, 0.4865, 0.4409)
+    std: tuple[float, ...] = (0.2673, 0.2564, 0.2762)
 
     def __call__(self, root: Path | None = None) -> DataSet:
         train, test, classes = _torchvision("cifar100", "CIFAR100", data_root(root), self.download, "cifar-100-python")
@@ -69,8 +73,8 @@ class CIFAR100:
             train=train,
             test=test,
             classes=classes,
-            mean=(0.5071, 0.4865, 0.4409),
-            std=(0.2673, 0.2564, 0.2762),
+            mean=constants(self.mean, 3, 0.0),
+            std=constants(self.std, 3, 1.0),
             augmentation=crops_and_flips(self.flip, self.crop_padding, self.padding_mode),
             input_shape=(3, 32, 32),
         )

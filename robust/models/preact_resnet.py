@@ -17,13 +17,13 @@ class PreActBlock(nn.Module):
     Where the shape changes, the shortcut is a 1x1 convolution of relu(bn(x)) instead of x.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, stride: int, activation: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(channels_in)
-        self.relu1 = nn.ReLU()
+        self.relu1 = activation()
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels_out)
-        self.relu2 = nn.ReLU()
+        self.relu2 = activation()
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False)
         self.keeps_shape = stride == 1 and channels_in == channels_out
         if not self.keeps_shape:
@@ -44,8 +44,9 @@ def preactivation_network(
     classes: int,
     mean: Sequence[float],
     std: Sequence[float],
+    activation: type[nn.Module] = nn.ReLU,
 ) -> nn.Sequential:
-    """Normalize, stem convolution, pre-activation blocks, BN, ReLU, mean over the image, logits.
+    """Normalize, stem convolution, pre-activation blocks, BN, activation, mean over the image, logits.
 
     Args:
         stem: channels of the 3x3 stem.
@@ -58,10 +59,10 @@ def preactivation_network(
     channels, (height, width) = stem, input_shape[1:]
     for blocks, channels_out, first_stride in stages:
         for stride in [first_stride] + [1] * (blocks - 1):
-            layers.append(PreActBlock(channels, channels_out, stride))
+            layers.append(PreActBlock(channels, channels_out, stride, activation))
             channels, height, width = channels_out, (height - 1) // stride + 1, (width - 1) // stride + 1
     # A pool of the known size rather than an adaptive one: it is an ordinary linear layer to every bound method.
-    layers += [nn.BatchNorm2d(channels), nn.ReLU(), nn.AvgPool2d((height, width)), nn.Flatten()]
+    layers += [nn.BatchNorm2d(channels), activation(), nn.AvgPool2d((height, width)), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(channels, classes))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from certify.bounds.interval import margins
 from certify.interval import Interval
 from certify.ops.affine import Linear
 from certify.region import Region
-from robust.objective import OBJECTIVES, certified_cross_entropy, mixed
+from robust.objective import CERTIFIED, OBJECTIVES, RunDefaults, certified_cross_entropy, mixed
 from robust.views import Views, split_last
 
 SMALLEST_CROWN_WEIGHT = 1e-5
@@ -38,6 +39,8 @@ class CrownIBP:
     loss_fusion: bool = True
     crown_weight: float = 0.0
     clean_weight: float = 0.0
+
+    defaults: ClassVar[RunDefaults] = CERTIFIED
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
         beta = 1 - (1 - self.crown_weight) * views.eps_fraction

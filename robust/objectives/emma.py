@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robust.l2_margins import L2Logits, l2_logits
-from robust.objective import OBJECTIVES, cross_entropy
+from robust.objective import L2_CERTIFIED, OBJECTIVES, RunDefaults, cross_entropy
 from robust.views import Views
 
 
@@ -31,6 +31,7 @@ class EMMA:
     power_iterations: int = 10
 
     norms: ClassVar[tuple[str, ...]] = ("l2",)
+    defaults: ClassVar[RunDefaults] = L2_CERTIFIED
 
     def __post_init__(self) -> None:
         if not 0 <= self.least <= 1:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robust.l2_margins import L2Logits, l2_logits
-from robust.objective import OBJECTIVES, cross_entropy
+from robust.objective import L2_CERTIFIED, OBJECTIVES, RunDefaults, cross_entropy
 from robust.views import Views
 
 
@@ -27,6 +27,7 @@ class GloRo:
     power_iterations: int = 5
 
     norms: ClassVar[tuple[str, ...]] = ("l2",)
+    defaults: ClassVar[RunDefaults] = L2_CERTIFIED
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
         return {"gloro": cross_entropy(with_bottom(l2_logits(views, self.power_iterations)), views.y)}

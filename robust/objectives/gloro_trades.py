@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robust.l2_margins import L2Logits, l2_logits
-from robust.objective import OBJECTIVES, cross_entropy
+from robust.objective import L2_CERTIFIED, OBJECTIVES, RunDefaults, cross_entropy
 from robust.objectives.gloro import with_bottom
 from robust.views import Views
 
@@ -30,6 +30,7 @@ class GloRoTRADES:
     power_iterations: int = 5
 
     norms: ClassVar[tuple[str, ...]] = ("l2",)
+    defaults: ClassVar[RunDefaults] = L2_CERTIFIED
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
         found = l2_logits(views, self.power_iterations)

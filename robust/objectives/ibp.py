@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from robust.objective import OBJECTIVES, certified_cross_entropy, mixed
+from robust.objective import CERTIFIED, OBJECTIVES, RunDefaults, certified_cross_entropy, mixed
 from robust.views import Views
 
 
@@ -22,6 +23,8 @@ class IBP:
     """
 
     clean_weight: float = 0.5
+
+    defaults: ClassVar[RunDefaults] = CERTIFIED
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
         kappa = 1 - (1 - self.clean_weight) * views.ramp

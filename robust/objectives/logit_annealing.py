@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robust.l2_margins import l2_logits
-from robust.objective import OBJECTIVES
+from robust.objective import L2_CERTIFIED, OBJECTIVES, RunDefaults
 from robust.objectives.emma import raised
 from robust.views import Views
 
@@ -33,6 +33,7 @@ class LogitAnnealing:
     power_iterations: int = 10
 
     norms: ClassVar[tuple[str, ...]] = ("l2",)
+    defaults: ClassVar[RunDefaults] = L2_CERTIFIED
 
     def __post_init__(self) -> None:
         if self.temperature <= 0 or not 0 <= self.least <= 1:

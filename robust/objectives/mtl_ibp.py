@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from attacks.attack import ATTACKS, Attack
 from attacks.registry import method_field
-from robust.objective import OBJECTIVES, certified_cross_entropy, cross_entropy, mixed
+from robust.objective import CERTIFIED, OBJECTIVES, RunDefaults, certified_cross_entropy, cross_entropy, mixed
 from robust.training_attack import (
     EXPRESSIVE_PGD,
     BatchNormStatistics,
@@ -39,6 +40,8 @@ class MTLIBP:
     robust_weight: float = 1.0
     statistics: BatchNormStatistics = "batch"
     bounds_statistics: BoundsStatistics = "clean"
+
+    defaults: ClassVar[RunDefaults] = CERTIFIED
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
         x_adv = adversarial(views, self.attack, self.attack_factor, self.statistics)

@@ -27,14 +27,22 @@ class PGDTraining:
         robust_weight: weight of the adversarial term; the rest goes to the clean one.
         statistics: BatchNorm statistics under the attack.
         batch_norm: BatchNorm statistics of the adversarial term.
+        idle_passes: make the two further passes in training mode of Rice et al.'s and AWP's code, whose logits go to
+            restarts and to a log only: x_adv before the loss's pass and x behind it. They move the running statistics.
+            (Theirs of x comes behind the optimiser's step.)
     """
 
     attack: Attack = method_field(ATTACKS, PGD(steps=10, step_size=0.25, unit="box", keep="last", mode="keep"))
     robust_weight: float = 1.0
     statistics: BatchNormStatistics = "batch"
     batch_norm: BatchNormOf = "clean"
+    idle_passes: bool = False
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
         x_adv = adversarial(views, self.attack, statistics=self.statistics)
+        if self.idle_passes:
+            views.pass_idly(x_adv)
         logits = adversarial_logits(views, x_adv, self.batch_norm)
+        if self.idle_passes:
+            views.pass_idly(views.x)
         return mixed(views, self.robust_weight, {"adversarial": cross_entropy(logits, views.y)})

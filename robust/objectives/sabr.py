@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from attacks.attack import ATTACKS, Attack
 from attacks.registry import method_field
 from certify.interval import Interval
-from robust.objective import OBJECTIVES, certified_cross_entropy, mixed
+from robust.objective import CERTIFIED, OBJECTIVES, RunDefaults, certified_cross_entropy, mixed
 from robust.relu_shrinkage import with_shrunk_relus
 from robust.training_attack import SABR_PGD, BatchNormStatistics, adversarial
 from robust.views import Views
@@ -34,6 +35,8 @@ class SABR:
     relu_shrink: float = 1.0
     robust_weight: float = 1.0
     statistics: BatchNormStatistics = "batch"
+
+    defaults: ClassVar[RunDefaults] = CERTIFIED
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
         x_adv = adversarial(views, self.attack, statistics=self.statistics)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from attacks.attack import ATTACKS, Attack
 from attacks.registry import method_field
-from robust.objective import OBJECTIVES
+from robust.objective import CERTIFIED, OBJECTIVES, RunDefaults
 from robust.objectives.sabr import small_box
 from robust.objectives.taps import TAPS
 from robust.training_attack import SABR_PGD, BatchNormStatistics, adversarial
@@ -34,6 +35,8 @@ class STAPS:
     relu_shrink: float = 1.0
     robust_weight: float = 1.0
     statistics: BatchNormStatistics = "batch"
+
+    defaults: ClassVar[RunDefaults] = CERTIFIED
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
         x_adv = adversarial(views, self.attack, statistics=self.statistics)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from certify.graph import Snapshot
 from certify.interval import Interval
 from certify.ops.relu import ReLU
 from certify.spec import margin_spec, other_classes
-from robust.objective import OBJECTIVES, certified_cross_entropy, mixed
+from robust.objective import CERTIFIED, OBJECTIVES, RunDefaults, certified_cross_entropy, mixed
 from robust.relu_shrinkage import ShrunkReLU, with_shrunk_relus
 from robust.views import Views
 
@@ -91,6 +91,8 @@ class TAPS:
     relu_shrink: float = 1.0
     robust_weight: float = 1.0
     ibp_factor: bool = True
+
+    defaults: ClassVar[RunDefaults] = CERTIFIED
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
         return self.over(views, views.box)

@@ -1,6 +1,6 @@
 """Cost of a training step of each objective, as a multiple of a plain forward and backward pass of the same net.
 
-    python scripts/bench/train_step.py [--net cnn7|gowal_small] [--rounds 15] [--device cpu]
+    python scripts/bench/train_step.py [--net cnn7|gowal_small|preactresnet18] [--rounds 15] [--device cpu]
     python scripts/bench/train_step.py --memory --net cnn7
 
 Every round times the plain pass and then each objective; the ratio's median over the rounds counts, so that a machine
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,10 +33,11 @@ from robust.allocator import keep_freed_memory
 from robust.model import MODELS
 from robust.objective import OBJECTIVES
 from robust.settings import Settings
-from robust.step import StepPlan, step_gradients
+from robust.step import BatchLoss, StepPlan
+from robust.weight_perturbation import WEIGHT_PERTURBATIONS, Perturbed
 
 STEPS_8 = "attack=(pgd:steps=8,step_size=0.5,unit=box,keep=last,mode=keep{})"
-OBJECTIVE_TEXTS = {
+CERTIFIED = {
     "ibp": "ibp",
     "shi_ibp": "shi_ibp",
     "sabr, 8 steps": "sabr:" + STEPS_8.format(""),
@@ -44,17 +45,27 @@ OBJECTIVE_TEXTS = {
     "mtl_ibp, 8 steps": "mtl_ibp:" + STEPS_8.format(""),
     "crown_ibp, loss fusion": "crown_ibp:crown_weight=0.5",
 }
+PGD_10 = "pgd:attack=(pgd:steps=10,step_size=0.25,keep=last,mode=keep),statistics=train,batch_norm=own"
+ADVERSARIAL = {
+    "pgd, 10 steps": PGD_10,
+    "trades, 10 steps": "trades",
+    "mart, 10 steps": "mart",
+    "pgd + awp, 10 steps": f"{PGD_10} + awp:gamma=0.01",
+    "trades + awp, 10 steps": "trades + awp:gamma=0.005",
+}
+"""Objective, and behind " + " a weight perturbation."""
 
 
 @dataclass(frozen=True)
 class Net:
-    """A benchmark case."""
+    """A benchmark case; `steps` are texts by title."""
 
     model: str
     shape: tuple[int, int, int]
     batch: int
     eps: float
     limits: dict[str, float]
+    steps: dict[str, str] = field(default_factory=lambda: CERTIFIED)
 
 
 NETS = {
@@ -77,6 +88,14 @@ NETS = {
         128,
         0.2,
         {"ibp": 3.0, "sabr, 8 steps": 10.5, "mtl_ibp, 8 steps": 11.0, "crown_ibp, loss fusion": 5.5},
+    ),
+    "preactresnet18": Net(
+        "preactresnet18",
+        (3, 32, 32),
+        16,
+        8 / 255,
+        {"pgd, 10 steps": 7.2, "trades, 10 steps": 8.6, "mart, 10 steps": 8.3, "trades + awp, 10 steps": 11.5},
+        ADVERSARIAL,
     ),
 }
 
@@ -103,12 +122,17 @@ class Case:
         self.optimizer.step()
 
     def step(self, text: str) -> Callable[[], None]:
+        text, _, perturbation_text = text.partition(" + ")
         objective = OBJECTIVES.parse(text)
+        perturbation = WEIGHT_PERTURBATIONS.parse(perturbation_text) if perturbation_text else None
 
         def run() -> None:
             self.optimizer.zero_grad()
             generator = torch.Generator(self.x.device).manual_seed(0)
-            step_gradients(self.graph, self.x, self.y, StepPlan(objective, [], 1.0, 1.0, generator), self.settings)
+            loss = BatchLoss(self.graph, self.x, self.y, StepPlan(objective, [], 1.0, 1.0, generator), self.settings)
+            perturbed = Perturbed(perturbation(self.model, loss) if perturbation else [], "after_step")
+            loss.backward()
+            perturbed.restore("after_step")
 
         return run
 
@@ -128,7 +152,7 @@ def seconds(run: Callable[[], object], device: str) -> float:
 def measure(name: str, rounds: int, device: str) -> list[dict[str, object]]:
     """One record per objective."""
     case = Case(NETS[name], device)
-    runs = {title: case.step(text) for title, text in OBJECTIVE_TEXTS.items()}
+    runs = {title: case.step(text) for title, text in NETS[name].steps.items()}
     case.plain()
     runs["update"] = case.update
     for run in runs.values():
@@ -165,7 +189,7 @@ def memory_of_one_step(name: str, title: str) -> float:
     """MB that two training steps, Adam's state included, add at their peak to a process with model and data."""
     case = Case(NETS[name], "cpu")
     before = resident_mb()
-    run = case.plain if title == "plain" else case.step(OBJECTIVE_TEXTS[title])
+    run = case.plain if title == "plain" else case.step(NETS[name].steps[title])
     for _ in range(2):
         run()
         case.update()
@@ -174,7 +198,7 @@ def memory_of_one_step(name: str, title: str) -> float:
 
 def print_memory(name: str) -> None:
     """A line per objective, each measured in a process of its own."""
-    for title in ("plain", *OBJECTIVE_TEXTS):
+    for title in ("plain", *NETS[name].steps):
         command = [sys.executable, __file__, "--net", name, "--memory-of", title]
         megabytes = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(json.dumps({"net": name, "step": title, "resident_mb_added": round(megabytes)}), flush=True)

@@ -11,7 +11,12 @@ FLAGS = {
     "train": {"recipe", "out", "tensorboard"},
     "certify": {"data", "split", "eps", "norm", "model", "limit", "batch-size", "out", "no-curve", "verifier"},
     "attack": {"data", "split", "eps", "norm", "model", "limit", "batch-size", "out", "no-curve", "attack"},
+    "lipschitz": {
+        *("data", "split", "eps", "norm", "model", "limit", "batch-size", "out", "no-curve"),
+        *("method", "margins", "states", "timeout"),
+    },
     "vnnlib": {"timeout", "out"},
+    "compare": {"attacks", "limit", "batch-size", "out"},
     "report": set(),
     "methods": set(),
     "recipes": set(),
@@ -26,5 +31,5 @@ def test_no_command_has_grown_a_flag() -> None:
         flags = {flag.removeprefix("--") for action in commands[name]._actions for flag in action.option_strings}
         settings = {field.name for field in dataclasses.fields(Settings)} if name == "train" else set()
         settings |= {field.replace("_", "-") for field in settings}
-        machine = MACHINE if name in ("train", "certify", "attack") else set()
+        machine = MACHINE if name in ("train", "certify", "attack", "compare", "lipschitz") else set()
         assert flags - {"-h", "help", "debug"} == expected | settings | machine

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from attacks.attack import ATTACKS
 from certify.verifier import VERIFIERS
 from robust.dataset import DATASETS, parse_dataset
 from robust.hook import HOOKS
@@ -18,14 +19,17 @@ from robust.regularizer import REGULARIZERS
 from robust.schedule import SCHEDULES
 from robust.settings import SettingsError, load_recipe, parse_recipe, recipe_names
 from robust.trainer import train
+from robust.weight_perturbation import WEIGHT_PERTURBATIONS
+from robust.weighting import WEIGHTINGS
 
 PROBLEMS = {  # data set -> channels, side, classes
     "digits": (1, 8, 10),
     "mnist": (1, 28, 10),
     "cifar10": (3, 32, 10),
+    "cifar100": (3, 32, 100),
+    "svhn": (3, 32, 10),
     "tiny_imagenet": (3, 64, 200),
     "imagenet64": (3, 64, 1000),
-    "cifar100": (3, 32, 100),
     "imagenet": (3, 224, 1000),
 }
 TABLES = {  # source -> its rows
@@ -70,6 +74,27 @@ TABLES = {  # source -> its rows
         tinyimagenet_1_255_cc_ibp_ctbench tinyimagenet_1_255_exp_ibp_ctbench tinyimagenet_1_255_pgd_ctbench""",
 }
 ROWS = [row for rows in TABLES.values() for row in rows.split()]
+ADVERSARIAL = {  # (clean, adversarial) of adversarial training, read at the source that the recipe names
+    "cifar10_8_255_pgd_preact": (81.70, 52.79),
+    "cifar10_8_255_awp_preact": (81.18, 55.39),
+    "cifar100_8_255_pgd_preact": (53.48, 27.77),
+    "cifar100_8_255_awp_preact": (54.19, 30.71),
+    "svhn_8_255_pgd_preact": (89.85, 53.36),
+    "svhn_8_255_awp_preact": (91.76, 59.12),
+    "cifar10_l2_128_255_pgd_preact": (88.80, 69.15),
+    "cifar10_l2_128_255_awp_preact": (90.11, 72.69),
+    "cifar10_8_255_awp_wrn34": (86.23, 53.97),
+    "cifar100_8_255_awp_wrn34": (60.38, 28.86),
+    "cifar10_8_255_trades_wrn34": (84.92, 53.08),
+    "cifar10_8_255_trades_awp_wrn34": (85.36, 56.17),
+    "cifar10_8_255_mart_resnet18": (None, None),
+    "cifar10_8_255_fgsm_rs_preact": (83.34, 43.21),
+    "cifar10_8_255_grad_align_preact": (79.84, 43.93),
+    "cifar10_8_255_free_preact": (None, None),
+    "cifar10_8_255_trades_dafa_resnet18": (81.63, 49.05),
+    "cifar10_8_255_wang2023_wrn28": (92.44, 67.31),
+}
+CERTIFIED = [name for name in recipe_names() if name not in ADVERSARIAL]
 OURS = """
     digits_mtl_ibp digits_sabr digits_shi_ibp mnist_01_cnn3_mtl_ibp cifar10_l2_36_255_liresnet_small
     mnist_01_gowal_small_mtl_ibp mnist_01_gowal_small_sabr mnist_01_gowal_small_shi_ibp""".split()
@@ -135,15 +160,19 @@ def methods(name):
     yield SCHEDULES, s.lr_schedule
     yield SCHEDULES, s.eps_schedule
     yield MODELS, s.model
-    yield VERIFIERS, s.validator
+    yield ATTACKS if s.validator.partition(":")[0] in ATTACKS else VERIFIERS, s.validator
     yield from ((REGULARIZERS, text) for text in s.regularizers)
     yield from ((HOOKS, text) for text in s.hooks)
+    yield from ((WEIGHTINGS, text) for text in s.weightings)
+    if s.weight_perturbation != "none":
+        yield WEIGHT_PERTURBATIONS, s.weight_perturbation
 
 
 def build(name):
     """The recipe's network on the meta device, which has shapes but no memory."""
     settings = load_recipe(name).settings
     data = parse_dataset(settings.data)
+    data = getattr(data, "own", data)
     channels, side, classes = PROBLEMS[DATASETS.name_of(data)]
     side = getattr(data, "size", side)
     with torch.device("meta"):
@@ -153,7 +182,7 @@ def build(name):
 
 def test_every_row_of_the_tables_has_a_recipe_and_every_recipe_is_a_row_or_ours():
     assert len(set(ROWS)) == len(ROWS)
-    assert sorted(ROWS + OURS) == recipe_names()
+    assert sorted([*ROWS, *OURS, *ADVERSARIAL]) == recipe_names()
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -171,7 +200,7 @@ def test_the_network_of_a_recipe_fits_its_data(name):
     assert model.eval()(x).shape == (1, classes)
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", CERTIFIED)
 def test_the_radius_is_full_before_the_rate_falls_and_the_rate_falls_before_the_end(name):
     settings = load_recipe(name).settings
     ramp, drops = SCHEDULES.parse(settings.eps_schedule), SCHEDULES.parse(settings.lr_schedule)
@@ -189,7 +218,7 @@ def test_attacks_of_training_return_an_adversarial_point_for_every_image(name):
     attack = getattr(objective, "attack", None)
     if attack is not None:
         # "first_fooled" would keep the clean input of images that are wrong already.
-        assert attack.keep != "first_fooled" and attack.mode == "keep"
+        assert getattr(attack, "keep", "last") != "first_fooled" and attack.mode == "keep"
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -197,7 +226,7 @@ def test_hooks_and_splits_suit_the_network(name):
     model, _, _ = build(name)
     settings = load_recipe(name).settings
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d)]
-    relus = [m for m in model.modules() if isinstance(m, torch.nn.ReLU | MinMax)]
+    relus = [m for m in model.modules() if isinstance(m, torch.nn.ReLU | torch.nn.SiLU | MinMax)]
     assert norms or "precise_bn" not in settings.hooks
     assert getattr(OBJECTIVES.parse(settings.objective), "classifier_relus", 1) < len(relus)
 
@@ -217,6 +246,35 @@ def test_published_rows_train_on_all_images_and_quote_verified_figures_only(name
         assert "No verified figure is known" in recipe.note
     else:
         assert "read in" in recipe.published.source
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_adversarial_rows_select_on_held_out_images_and_quote_verified_figures_only(name):
+    recipe = load_recipe(name)
+    settings, row = recipe.settings, recipe.published
+    assert settings.validation == 0.02 and settings.select == "best"
+    assert (settings.eps_schedule, settings.clip_norm, settings.train_eps_factor) == ("constant", 0, 1)
+    assert row is not None and row.certified is None
+    assert (row.clean, row.adversarial) == ADVERSARIAL[name]
+    if row.clean is None:
+        assert "No verified figure is known" in recipe.note and not row.attack
+    else:
+        assert row.attack and "read in" in row.source and row.adversarial < row.clean
+    drops = getattr(SCHEDULES.parse(settings.lr_schedule), "at", ())
+    assert list(drops) == sorted(drops) and all(at < settings.epochs for at in drops)
+
+
+def test_the_radius_of_the_trades_family_is_the_authors_own():
+    for name in ADVERSARIAL:
+        settings = load_recipe(name).settings
+        attack = getattr(OBJECTIVES.parse(settings.objective), "attack", None)
+        if settings.eps == 0.031:
+            assert attack.step_size * settings.eps == pytest.approx(0.007)
+            assert settings.data.endswith("mean=0,std=1")
+        elif getattr(attack, "steps", 0):
+            step = {"svhn": 1 / 255, "cifar10_l2": 15 / 255}
+            expected = next((v for key, v in step.items() if name.startswith(key)), 2 / 255)
+            assert attack.step_size * settings.eps == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", OURS)

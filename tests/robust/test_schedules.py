@@ -14,6 +14,7 @@ from robust.schedules.geometric import Geometric
 from robust.schedules.linear import Linear
 from robust.schedules.milestones import Milestones
 from robust.schedules.smooth import Smooth
+from robust.schedules.triangular import Triangular
 
 CIFAR_STEPS = 391
 """Batches of 128 in 50,000 images."""
@@ -133,3 +134,12 @@ def test_the_ramp_is_over_exactly_when_the_radius_is_full(end):
         last = end * steps // 3
         assert ramp_progress(ramp, last, steps) == ramp(last, steps, 200) == 1
         assert ramp_progress(ramp, last - 1, steps) < 1 and ramp(last - 1, steps, 200) < 1
+
+
+def test_the_triangle_rises_to_1_at_its_peak_and_falls_to_0_and_no_step_has_rate_0():
+    triangle = Triangular(peak=0.4)
+    values = [triangle(step, 3, 3) for step in range(9)]
+    assert values == pytest.approx([0.25, 0.5, 0.75, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert [Triangular()(step, 1, 3) for step in range(3)] == pytest.approx([0.5, 1, 0.5])
+    with pytest.raises(ValueError, match=r"triangular: peak=1\.5: expected a share of the run between 0 and 1"):
+        Triangular(peak=1.5)

@@ -110,7 +110,8 @@ def fields_of(name: str) -> set[str]:
 
 def of_one_batch(name: str, **changes: object) -> object:
     """The objective in the form in which every pass has the clean batch's statistics."""
-    clean = {"statistics": "batch", "batch_norm": "clean"} if "batch_norm" in fields_of(name) else {}
+    wanted = {"statistics": "batch", "batch_norm": "clean"} if "batch_norm" in fields_of(name) else {}
+    clean = {key: value for key, value in wanted.items() if key in fields_of(name)}
     return OBJECTIVES[name](**clean, **changes)
 
 
@@ -150,7 +151,8 @@ PER_EXAMPLE = [name for name in NAMES if name not in ("exp_ibp", "taps", "staps"
 
 
 def without_noise(name: str) -> object:
-    return of_one_batch(name, **({"attack": oracle.Fixed()} if "attack" in fields_of(name) else {}))
+    changes = {"attack": oracle.Fixed(), "noise": 0.0}
+    return of_one_batch(name, **{key: value for key, value in changes.items() if key in fields_of(name)})
 
 
 @pytest.mark.parametrize("name", PER_EXAMPLE)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robust import trainer
-from robust.active import Moment
+from robust.active import Moment, RunFacts
 from robust.hook import HOOKS
 from robust.trainer import train
 from tests.robust.runs import tiny, weights
@@ -113,7 +113,7 @@ def test_a_hook_that_averages_says_so_before_it_has_an_opinion() -> None:
     model = nn.Linear(2, 2)
     moment = Moment(model, 1, 1.0, lambda: iter(()))
     for name in HOOKS.names():
-        active = HOOKS.parse(name).start(model)
+        active = HOOKS.parse(name).start(RunFacts(model, (1, 1, 2), 2, 4, 1, 1, lambda text: model))
         moment.step = 10
         active.after_step(moment)
         assert active.averages == (active.weights() is not None), name

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from certify.graph import capture
 from robust.model import MODELS
 from robust.normalize import Normalize
 
@@ -126,3 +127,14 @@ def test_a_preactivation_block_without_residual_branch_is_its_shortcut():
 def test_a_wide_resnet_of_impossible_depth_is_refused():
     with pytest.raises(ValueError, match="depth must be 6n"):
         MODELS.parse("wide_resnet:depth=30")
+
+
+def test_the_swish_wide_resnet_has_silu_everywhere_and_its_own_momentum():
+    net = MODELS.parse("wide_resnet:depth=10,widen=1,activation=silu,bn_momentum=0.01")(
+        (3, 8, 8), 10, (0.5,) * 3, (1.0,) * 3
+    )
+    kinds = [type(module) for module in net.modules()]
+    assert kinds.count(nn.SiLU) == 7 and nn.ReLU not in kinds
+    assert {module.momentum for module in net.modules() if isinstance(module, nn.BatchNorm2d)} == {0.01}
+    x = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(capture(net, x).snapshot()(x), net.eval()(x), rtol=1e-4, atol=1e-5)

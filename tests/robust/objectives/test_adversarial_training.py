@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from attacks.methods.pgd import PGD
-from attacks.threat import LinfBall
+from attacks.threat import L2Ball, LinfBall
+from certify.graph import capture
+from robust.objective import OBJECTIVES
 from robust.objectives.mart import MART
 from robust.objectives.pgd import PGDTraining
 from robust.objectives.sovr import SOVR, one_versus_rest, smallest_margins
 from robust.objectives.trades import TRADES
+from robust.views import Views
 from tests.robust.objectives import oracle
 
 EPS = 0.06
@@ -184,3 +187,83 @@ def test_trades_attacks_with_the_clean_prediction_in_evaluation_mode_as_referenc
     clean, attacked = oracle.clean_pass(net, x)[0], oracle.clean_pass(net, point)[0]
     found = objective(oracle.views_of(net, x, y, EPS))
     torch.testing.assert_close(found["kl"], 6 * divergence(clean, attacked))
+
+
+# --- published algorithms written out on the module itself
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_adversarial_training_of_rice_et_al_is_their_loop_in_training_mode_throughout(idle):
+    """Points, loss, gradients and running statistics, with and without the passes that only feed their log."""
+    net = oracle.small_net(batch_norm=True)
+    twin = copy.deepcopy(net)
+    x, y = oracle.images()
+    attack = PGD(steps=3, step_size=0.25, keep="last", mode="keep")
+    objective = PGDTraining(attack=attack, statistics="train", batch_norm="own", idle_passes=idle)
+    found = oracle.loss_of(objective(oracle.views_of(net, x, y, EPS)))
+
+    low, high = (x - EPS).clamp(min=0), (x + EPS).clamp(max=1)
+    noise = torch.rand(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+    point = low + noise * (high - low)
+    for _ in range(3):
+        point.requires_grad_()
+        loss = torch.nn.functional.cross_entropy(twin(point), y)
+        (gradient,) = torch.autograd.grad(loss, point)
+        point = (point.detach() + 0.25 * EPS * gradient.sign()).clamp(low, high)
+    if idle:
+        twin(point)
+    target = torch.nn.functional.cross_entropy(twin(point), y)
+    if idle:
+        twin(x)
+    torch.testing.assert_close(found, target)
+    oracle.assert_same_gradients(oracle.gradients(found, net), oracle.gradients(target, twin))
+    for name, value in twin.named_buffers():
+        torch.testing.assert_close(dict(net.named_buffers())[name], value)
+    assert int(net[2].num_batches_tracked) == (6 if idle else 4)
+
+
+def test_trades_in_l2_steps_along_the_normalised_gradient_and_cuts_to_the_pixels_before_the_radius():
+    net, eps = oracle.small_net(batch_norm=True), 0.8
+    x, y = oracle.images()
+    reference = oracle.logits(net, x).detach()
+    noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+    # Theirs starts at the noise itself; ours cuts it to the feasible points first.
+    delta = (x + 1e-3 * noise).clamp(0, 1) - x
+    other = delta.clone()
+    for _ in range(4):
+        gradients = []
+        for d in (delta, other):
+            d = d.clone().requires_grad_()
+            value = divergence(reference, oracle.logits(net, x + d)).sum()
+            (gradient,) = torch.autograd.grad(value, d)
+            gradients.append(gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
+        delta = (x + delta + 2 * eps / 4 * gradients[0]).clamp(0, 1) - x
+        delta = delta.renorm(2, 0, eps)
+        other = (other + 2 * eps / 4 * gradients[1]).renorm(2, 0, eps)
+        other = (x + other).clamp(0, 1) - x
+    text = "trades:attack=(pgd:steps=4,step_size=0.5,loss=kl,start=gaussian,keep=last,mode=keep,cut_first=true)"
+    views = Views(capture(net, x), x, y, L2Ball(eps), torch.Generator().manual_seed(0))
+    OBJECTIVES.parse(text)(views)
+    (points,) = views.kept.values()
+    torch.testing.assert_close(points, x + delta, rtol=1e-4, atol=1e-5)
+    assert (delta - other).abs().max() > 0.01  # the order matters here
+    assert L2Ball(eps).contains(points, x).all()
+
+
+def test_sovr_and_tsovr_reach_adversarial_training_and_its_trades_form_where_nothing_is_switched(model):
+    y, clean, attacked = passes(model)
+    ce = oracle.loss_of_logits(attacked, y).mean()
+    check(SOVR(percent=0, kl_weight=2.0, attack=FIXED), model, ce + 2 * divergence(clean, attacked).mean())
+    # Rounded down: a fifth of six examples is one, and a tenth none.
+    worst = (attacked.gather(1, y[:, None]).squeeze(1) - attacked.scatter(1, y[:, None], -1e9).amax(1)).argmin()
+    rows = oracle.loss_of_logits(attacked, y).clone()
+    rows[worst] = 0.4 * one_versus_rest(attacked, y)[worst]
+    check(SOVR(percent=20, attack=FIXED), model, rows.mean())
+    check(SOVR(percent=10, attack=FIXED), model, ce)
+
+
+def test_label_smoothing_of_trades_spreads_the_label_of_the_clean_term_alone(model):
+    y, clean, attacked = passes(model)
+    log_p = clean.log_softmax(1)
+    smooth = -0.9 * log_p.gather(1, y[:, None]).squeeze(1) - 0.1 * log_p.mean(1)
+    check(TRADES(label_smoothing=0.1, attack=FIXED), model, (smooth + 6 * divergence(clean, attacked)).mean())

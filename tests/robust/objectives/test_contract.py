@@ -148,7 +148,21 @@ def test_attacks_leave_no_gradient_behind_and_their_points_count_as_constants(na
         oracle.assert_same_gradients(oracle.gradients(searched, live), oracle.gradients(loss, current))
 
 
-EXACT = {"natural", "pgd", "trades", "ibp", "shi_ibp", "crown_ibp", "sabr", "cc_ibp", "mtl_ibp"}
+EXACT = {
+    "natural",
+    "pgd",
+    "fgsm_at",
+    "fgsm_rs",
+    "n_fgsm",
+    "free_at",
+    "trades",
+    "ibp",
+    "shi_ibp",
+    "crown_ibp",
+    "sabr",
+    "cc_ibp",
+    "mtl_ibp",
+}
 OTHER_LOSSES = {"mart", "sovr"}
 """At radius 0 these are the clean cross-entropy example by example; exp_ibp is it on the mean of the batch. MART
 and SOVR have another loss of the label. TAPS and STAPS are a product of two losses once the ramp has ended, and the

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from certify.graph import capture
 from robust.active import Moment
+from robust.objectives.pgd import PGDTraining
 from robust.objectives.trades import TRADES
 from robust.seeds import seeded
 from robust.settings import Settings
@@ -130,3 +131,20 @@ def test_even_similarity_gives_weight_one_up_to_ties(tmp_path: Path):
     assert class_weights(even, 1.0).tolist() == pytest.approx([1 - 3 * 0.0625] * 4)
     nearly = even + torch.diag(torch.tensor([0.0, 1e-9, 2e-9, 3e-9], dtype=torch.float64))
     assert float(class_weights(nearly, 1.0).sum()) == pytest.approx(4)
+
+
+def test_on_adversarial_training_the_one_term_is_weighted_and_the_attack_keeps_the_radius_of_each_class():
+    """Not the authors' branch for PGD, whose second step undoes the class radius."""
+    from attacks.methods.pgd import PGD
+
+    table = torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=torch.float64)
+    attack = PGD(steps=10, step_size=0.25, start="clean", keep="last", mode="keep")
+    moves, y, _ = attacked_with([Table(table)], PGDTraining(attack=attack, batch_norm="own"))
+    torch.testing.assert_close(moves, 0.01 * table[y], rtol=1e-6, atol=1e-9)
+    active = DAFA(warmup_epochs=1).start(SimpleNamespace(epochs=2, classes=4))
+    active.table = table
+    views = oracle.views_of(oracle.small_net(), *oracle.images(), 0.05)
+    terms = PGDTraining(attack=oracle.Fixed(), batch_norm="own")(views)
+    found = active(views, terms)
+    assert list(found) == ["adversarial"]
+    torch.testing.assert_close(found["adversarial"], table[views.y] * terms["adversarial"])
