@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from attacks.threat import Ball, LinfBall
+
 if TYPE_CHECKING:
     from robust.views import Views
 
@@ -27,6 +29,7 @@ class RunFacts:
         epochs, steps_per_epoch: of the run.
         build: a call makes another network of a model's text (such as "preactresnet18"), for the same images and
             classes, on the run's device.
+        ball: threat model at the final radius, for methods that judge the network themselves.
     """
 
     model: nn.Module
@@ -36,6 +39,7 @@ class RunFacts:
     epochs: int
     steps_per_epoch: int
     build: Callable[[str], nn.Module]
+    ball: Ball = LinfBall(0.0)
 
 
 @dataclass

@@ -386,6 +386,7 @@ class _Run:
             self.settings.epochs,
             self.steps_per_epoch,
             lambda text: build_model(dataclasses.replace(self.settings, model=text), self.data).to(self.device),
+            self.settings.ball(),
         )
 
     def _example(self) -> Tensor:

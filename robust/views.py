@@ -58,7 +58,7 @@ class Views:
         index: numbers of the images among the training images, `[B]`.
         epoch: steps done over steps per epoch.
         pace: factor on the steps of attacks, `[B]`; None for none.
-        count_correct: whether attacks note `kappa`.
+        count_correct: whether attacks note `kappa` and `path_length`.
         kept: what `once` has made.
         moves_statistics: whether passes in training mode move the running statistics (those of an attack always do).
 
@@ -111,9 +111,18 @@ class Views:
         Raises:
             ValueError: the objective attacks nothing.
         """
-        if "kappa" not in self.kept:
+        return self._path[0]
+
+    @property
+    def path_length(self) -> int:
+        """Number of points of the attack's path at which its gradient was taken: the largest possible `kappa`."""
+        return self._path[1]
+
+    @property
+    def _path(self) -> tuple[Tensor, int]:
+        if "path" not in self.kept:
             raise ValueError("this needs an attack's path, and the objective attacks no points; try pgd")
-        return self.kept["kappa"]
+        return self.kept["path"]
 
     @cached_property
     def _clean_pass(self) -> tuple[Tensor, Mapping[int, Statistics]]:

@@ -6,15 +6,20 @@ through its layers. Everything else (boxes, CROWN, losses) is matrix arithmetic 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from attacks.threat import Ball, LinfBall
 from certify.graph import capture
+from robust.active import RunFacts, begin
 from robust.normalize import Normalize
+from robust.objective import OBJECTIVES
 from robust.views import Views
 
 CLASSES = 4
@@ -59,6 +64,28 @@ def images(batch: int = 6, seed: int = 1) -> tuple[Tensor, Tensor]:
 def views_of(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, seed: int = 0, **options) -> Views:
     """Views of one batch at radius `eps`, noise from a fresh generator."""
     return Views(capture(model, x), x, y, LinfBall(eps), torch.Generator().manual_seed(seed), **options)
+
+
+def objective(name: str, **changes: Any) -> Any:
+    """The registered objective; checkpoints that it needs are named after their fields."""
+    kind = OBJECTIVES[name]
+    needed = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
+    return kind(**{field: f"{field}.safetensors" for field in needed}, **changes)
+
+
+def begun(method: Any, model: nn.Module, epochs: int = 300) -> Any:
+    """The method as a run of `model` uses it: other small networks stand for checkpoints and for networks it builds."""
+    dtype = next(model.parameters()).dtype
+
+    def another(text: Any) -> nn.Module:
+        return small_net(batch_norm=True, seed=len(str(text))).to(dtype)
+
+    def load(path: Any) -> SimpleNamespace:
+        return SimpleNamespace(model=another(path).eval(), settings={"input_shape": SHAPE, "classes": CLASSES})
+
+    run = RunFacts(model, SHAPE, CLASSES, 6, epochs, 1, another, LinfBall(0.05))
+    with mock.patch("robust.auxiliary.load", load):
+        return begin(method, run)
 
 
 def loss_of(terms: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,132 @@
+"""HAT, LBGAT and MTARD: losses and gradients by hand, and what becomes of their second networks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from attacks.threat import LinfBall
+from robust.active import Moment
+from robust.objectives.hat import HAT
+from robust.objectives.lbgat import LBGAT
+from robust.objectives.mtard import MTARD
+from robust.objectives.trades import TRADES
+from tests.robust.objectives import oracle
+
+EPS = 0.06
+FIXED = oracle.Fixed()
+MOMENT = Moment(None, 1, 0.5, lambda: iter(()))
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "batch_norm"])
+def model(request):
+    return oracle.small_net(batch_norm=request.param)
+
+
+def points() -> tuple[Tensor, Tensor, Tensor]:
+    x, y = oracle.images()
+    return x, FIXED(None, x, y, LinfBall(EPS)), y
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    return (p.softmax(1) * (p.softmax(1) / q.softmax(1)).log()).sum(1)
+
+
+def check(active, model, target: Tensor) -> None:
+    found = oracle.loss_of(active(oracle.views_of(model, *oracle.images(), EPS)))
+    torch.testing.assert_close(found, target)
+    oracle.assert_same_gradients(oracle.gradients(found, model), oracle.gradients(target, model))
+
+
+def test_hat_gives_points_beyond_the_adversarial_ones_the_standard_networks_label(model):
+    x, x_adv, y = points()
+    active = oracle.begun(HAT("other", attack=FIXED), model)
+    label = oracle.logits(active.standard.model, x_adv).argmax(1)
+    assert (label != y).any()
+    clean, attacked, helper = (oracle.clean_pass(model, each)[0] for each in (x, x_adv, x + 2 * (x_adv - x)))
+    target = oracle.loss_of_logits(clean, y) + 2.5 * divergence(clean, attacked)
+    check(active, model, (target + 0.5 * oracle.loss_of_logits(helper, label)).mean())
+    assert not any(parameter.requires_grad for parameter in active.standard.model.parameters())
+
+
+def test_hat_without_helper_is_trades(model):
+    active = oracle.begun(HAT("other", kl_weight=6.0, helper_weight=0.0, attack=FIXED), model)
+    target = oracle.loss_of(TRADES(attack=FIXED)(oracle.views_of(model, *oracle.images(), EPS)))
+    check(active, model, target)
+
+
+def test_lbgat_by_hand_with_gradient_into_student_and_teacher(model):
+    x, x_adv, y = points()
+    active = oracle.begun(LBGAT("cnn7", kl_weight=1.5, attack=FIXED), model)
+    teacher = active.teacher.model
+    found = oracle.loss_of(active(oracle.views_of(model, x, y, EPS)))
+    attacked, clean = (oracle.clean_pass(model, each)[0] for each in (x_adv, x))
+    guide = oracle.clean_pass(teacher, x)[0]
+    target = (attacked - guide).square().mean() + oracle.loss_of_logits(guide, y).mean()
+    target = target + 1.5 * divergence(clean, attacked).mean()
+    torch.testing.assert_close(found, target)
+    for net in (model, teacher):
+        oracle.assert_same_gradients(oracle.gradients(found, net), oracle.gradients(target, net))
+    assert {id(p) for p in active.teacher.parameters()} == {id(p) for p in teacher.parameters()}
+    assert int(teacher[2].num_batches_tracked) == 1
+
+
+def teachers_say(active, x, x_adv, temperatures=(1.0, 1.0)) -> list[Tensor]:
+    nets = (active.robust.model, active.clean.model)
+    return [oracle.logits(n, at) / t for n, at, t in zip(nets, (x_adv, x), temperatures, strict=True)]
+
+
+def test_mtard_by_hand_at_the_first_step_with_even_weights(model):
+    x, x_adv, _ = points()
+    active = oracle.begun(MTARD("robust", "clean", attack=FIXED), model)
+    students = [oracle.clean_pass(model, each)[0] for each in (x_adv, x)]
+    taught = teachers_say(active, x, x_adv)
+    assert not torch.equal(*taught)
+    losses = [divergence(t, s).mean() / 4 for t, s in zip(taught, students, strict=True)]
+    check(active, model, 0.5 * losses[0] + 0.5 * losses[1])
+
+
+def test_mtards_weights_follow_the_losses_within_the_step_and_stay_when_it_is_computed_again():
+    x, x_adv, y = points()
+    net = oracle.small_net()
+    active = oracle.begun(MTARD("robust", "clean", rate=0.25, attack=FIXED), net)
+    first = active(oracle.views_of(net, x, y, EPS))
+    start = [float(2 * term.detach().mean()) for term in first.values()]
+    active.after_step(MOMENT)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.3)
+    students = [oracle.clean_pass(net, each)[0] for each in (x_adv, x)]
+    losses = [divergence(t, s).mean() / 4 for t, s in zip(teachers_say(active, x, x_adv), students, strict=True)]
+    rates = [float(loss.detach()) / begin for loss, begin in zip(losses, start, strict=True)]
+    clean = 0.5 - 0.25 * (0.5 - rates[1] / sum(rates))
+    assert abs(clean - 0.5) > 1e-3
+    for _ in range(2):
+        check(active, net, (1 - clean) * losses[0] + clean * losses[1])
+    active.after_step(MOMENT)
+    assert active.shares.tolist() == pytest.approx([1 - clean, clean])
+    other = oracle.begun(MTARD("robust", "clean", attack=FIXED), net)
+    other.restore(active.state())
+    assert torch.equal(other.first, active.first) and torch.equal(other.shares, active.shares)
+    assert MTARD("a", "b").rate_factor(214.9) == 1 and MTARD("a", "b").rate_factor(285.0) == pytest.approx(1e-3)
+
+
+def test_b_mtard_cools_the_teacher_of_larger_entropy_and_heats_the_other_from_one_upwards():
+    x, x_adv, _ = points()
+    net = oracle.small_net()
+    method = MTARD("robust", "clean", rate=0.0, temperature_rate=0.5, hottest=1.7, attack=FIXED)
+    active = oracle.begun(method, net)
+    heats = [1.0, 1.0]
+    for _ in range(4):
+        taught = teachers_say(active, x, x_adv, heats)
+        entropy = [float(-(t.softmax(1) * t.log_softmax(1)).sum(1).mean()) for t in taught]
+        students = [oracle.clean_pass(net, each)[0] for each in (x_adv, x)]
+        losses = [divergence(t, s).mean() / 4 for t, s in zip(taught, students, strict=True)]
+        check(active, net, 0.5 * losses[0] + 0.5 * losses[1])
+        active.after_step(MOMENT)
+        up = 0 if entropy[0] < entropy[1] else 1
+        heats[up] = min(heats[up] + 0.5, 1.7)
+        heats[1 - up] = max(heats[1 - up] - 0.5, 1.0)
+        assert active.temperatures.tolist() == pytest.approx(heats)
+    assert max(heats) > 1
