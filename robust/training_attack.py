@@ -47,20 +47,30 @@ TRADES_STEP = 0.007 / 0.031
 """Step of the TRADES family, in units of its radius."""
 
 
-def adversarial(views: Views, attack: Attack, factor: float = 1.0, statistics: BatchNormStatistics = "batch") -> Tensor:
+def adversarial(
+    views: Views,
+    attack: Attack,
+    factor: float = 1.0,
+    statistics: BatchNormStatistics = "batch",
+    labels: Tensor | None = None,
+) -> Tensor:
     """Points that the attack finds in the ball of `factor` times the step's radius, `[B, C, H, W]`, detached.
 
     They are searched once a step, also where the loss is then computed at other weights.
+
+    Args:
+        labels: classes to attack instead of the images' own, `[B]`, such as a teacher's.
     """
+    y = views.y if labels is None else labels
 
     def search() -> Tensor:
         network: Model = with_weights_in(attacked_network(views, statistics), attack)
         ball = views.ball if factor == 1 else views.ball.scaled(factor)
         pace = {} if views.pace is None else {"pace": views.pace}
         if not views.count_correct:
-            return attack(network, views.x, views.y, ball, generator=views.generator, **pace)
-        counting = _Counting(network, views.y)
-        points = attack(counting, views.x, views.y, ball, generator=views.generator, **pace)
+            return attack(network, views.x, y, ball, generator=views.generator, **pace)
+        counting = _Counting(network, y)
+        points = attack(counting, views.x, y, ball, generator=views.generator, **pace)
         views.kept["path"] = counting.kappa, counting.length
         return points
 

@@ -145,7 +145,7 @@ def test_running_view_holds_the_running_statistics_after_the_clean_pass_whatever
     assert torch.equal(*found)
 
 
-OF_THE_BATCH = {"exp_ibp", "taps", "staps", "sovr", "srat", "lbgat", "mtard", "beta"}
+OF_THE_BATCH = {"exp_ibp", "taps", "staps", "sovr", "srat", "lbgat", "mtard", "beta", "lat"}
 """They multiply or weigh batch means, compare examples, have a teacher in training mode, or draw noise that depends on
 the size of the batch, so a part of a batch has terms of its own."""
 

@@ -1,4 +1,4 @@
-"""ARoW, encouraging, comp-sum, BETA, SRAT and FAT: losses and gradients written out by hand, and limits."""
+"""ARoW, encouraging, comp-sum, BETA, SRAT, FAT and LAT: losses and gradients written out by hand, and limits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 from attacks.losses import logit_differences_moved
 from attacks.methods.friendly_pgd import FriendlyPGD
 from attacks.methods.pgd import PGD
-from attacks.threat import LinfBall
+from attacks.threat import L2Ball, LinfBall
 from robust.objectives.arow import ARoW
 from robust.objectives.beta import BETA
 from robust.objectives.encouraging import Encouraging, encouraging_loss
 from robust.objectives.fat import FAT
+from robust.objectives.lat import LAT
 from robust.objectives.pgd import PGDTraining
 from robust.objectives.smooth_comp_sum import SmoothCompSum, comp_sum
 from robust.objectives.srat import SRAT, supervised_contrast
@@ -220,6 +221,42 @@ def test_fats_patience_grows_at_its_epochs_and_points_are_searched_once_a_step()
         assert len(views.kept) == 1
     with pytest.raises(ValueError, match=r"fat needs an objective whose attack is friendly_pgd, such as pgd:attack="):
         FAT(PGDTraining())
+
+
+@pytest.mark.parametrize("relus", [1])
+def test_lat_moves_scaled_activations_by_one_step_of_its_own_length_by_hand(model, relus):
+    """The second part of the network behind its first ReLU, attacked from the points that the start draws."""
+    x, y = oracle.images()
+    stats = oracle.clean_pass(model, x)[1]
+    cut = next(place for place, layer in enumerate(model) if isinstance(layer, torch.nn.ReLU)) + 1
+    tail = model[cut:]
+    inner = {place - cut: pair for place, pair in stats.items() if place >= cut}
+    latent = oracle.logits(model[:cut], x, stats)
+    scale = ((latent - latent.mean(0)) ** 2).mean(0).sqrt().detach()
+    start = L2Ball(0.7, pixel_range=None).sample(torch.zeros_like(latent), _fresh())
+    leaf = start.clone().requires_grad_()
+    value = oracle.loss_of_logits(oracle.logits(tail, latent.detach() + scale * leaf, inner), y).sum()
+    (gradient,) = torch.autograd.grad(value, leaf)
+
+    def length(d: Tensor) -> Tensor:
+        return d.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+    d = start + 0.5 * 0.7 * gradient / length(gradient)
+    d = d * (0.7 / length(d)).clamp(max=1)
+    target = oracle.loss_of_logits(oracle.logits(tail, latent + scale * d, inner), y).mean()
+    found = oracle.loss_of(LAT(relus, 0.7, steps=1, step_size=0.5)(oracle.views_of(model, x, y, EPS)))
+    torch.testing.assert_close(found, target, rtol=1e-5, atol=1e-6)
+    oracle.assert_same_gradients(oracle.gradients(found, model), oracle.gradients(target, model), 1e-5)
+
+
+def test_lat_of_radius_zero_is_natural_training_and_grows_with_the_radius(model):
+    losses = []
+    for radius in (0.0, 0.5, 2.0):
+        net = copy.deepcopy(model)
+        losses.append(float(oracle.loss_of(LAT(radius=radius)(oracle.views_of(net, *oracle.images(), EPS))).detach()))
+    y, clean, _ = passes(model)
+    assert losses[0] == pytest.approx(float(oracle.loss_of_logits(clean, y).mean().detach()))
+    assert losses == sorted(losses)
 
 
 def _fresh() -> torch.Generator:

@@ -1,4 +1,4 @@
-"""HAT, LBGAT and MTARD: losses and gradients by hand, and what becomes of their second networks."""
+"""HAT, LBGAT, MTARD and SRST-AWR: losses and gradients by hand, and what becomes of their second networks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attacks.threat import LinfBall
 from robust.active import Moment
+from robust.objectives.awr import AWR, labelled_cross_entropy
 from robust.objectives.hat import HAT
 from robust.objectives.lbgat import LBGAT
 from robust.objectives.mtard import MTARD
@@ -130,3 +131,42 @@ def test_b_mtard_cools_the_teacher_of_larger_entropy_and_heats_the_other_from_on
         heats[1 - up] = max(heats[1 - up] - 0.5, 1.0)
         assert active.temperatures.tolist() == pytest.approx(heats)
     assert max(heats) > 1
+
+
+@pytest.mark.parametrize("unlabelled", [(), (0, 2, 3)])
+def test_awr_by_hand_with_a_trained_weight_and_labels_for_some(model, unlabelled):
+    x, x_adv, y = points()
+    y = y.clone()
+    y[list(unlabelled)] = -1
+    active = oracle.begun(AWR("other", attack=FIXED), model)
+    found = oracle.loss_of(active(oracle.views_of(model, x, y, EPS)))
+    q = oracle.logits(active.teacher.model, x)
+    clean, attacked = (oracle.clean_pass(model, each)[0] for each in (x, x_adv))
+    p = clean.softmax(1)
+    labelled = [b for b in range(len(y)) if y[b] >= 0]
+    label = sum(-0.8 * p[b, y[b]].log() - 0.2 * p[b].log().mean() for b in labelled) / len(labelled)
+    taught = divergence(q / 1.2, clean / 1.2).mean()
+
+    def weight(p: Tensor, p_adv: Tensor) -> Tensor:
+        return 0.5 * (q.softmax(1) * p).sum(1) + 0.5 * (1 - (q.softmax(1) * p_adv).sum(1))
+
+    target = label + 4 * taught + 20 * (weight(p, attacked.softmax(1)) * divergence(clean, attacked)).mean()
+    torch.testing.assert_close(found, target)
+    oracle.assert_same_gradients(oracle.gradients(found, model), oracle.gradients(target, model))
+
+
+def test_awr_attacks_the_teachers_label_and_a_batch_without_labels_has_no_label_loss():
+    x, _, y = points()
+    net = oracle.small_net()
+    seen = []
+
+    def attack(network, x, y, ball, **options):
+        seen.append(y)
+        return x
+
+    active = oracle.begun(AWR("other", attack=attack), net)
+    terms = active(oracle.views_of(net, x, torch.full_like(y, -1), EPS))
+    assert torch.equal(seen[0], oracle.logits(active.teacher.model, x).argmax(1))
+    assert not terms["clean"].any() and terms["clean"].isfinite().all()
+    loss = labelled_cross_entropy(torch.zeros(4, 2), torch.tensor([0, -1, 1, -1]), 0.0)
+    assert float(loss.mean()) == pytest.approx(0.6931472)

@@ -105,7 +105,7 @@ def test_class_errors_are_counted_clean_and_under_attack_in_evaluation_mode():
 
 def test_frl_moves_multipliers_by_hand_and_the_loss_is_divided_by_all_weights():
     run = SimpleNamespace(epochs=80, classes=2, ball=LinfBall(0.1))
-    frl = FRL(rate=0.4, radius_rate=0.5, clean_bound=-0.1, boundary_bound=-0.2, limit=0.1, attack=ATTACK)
+    frl = FRL(rate=0.4, radius_rate=0.5, clean_bound=-0.1, boundary_bound=-0.2, limit=0.2, attack=ATTACK)
     active = frl.start(run)
     model = Threshold()
     active.after_epoch(moment(1.0, model, HELD_OUT))
@@ -115,7 +115,7 @@ def test_frl_moves_multipliers_by_hand_and_the_loss_is_divided_by_all_weights():
 
     def cut(values):
         positive = [max(v, 0) for v in values]
-        scale = min(1, 0.1 / sum(positive))
+        scale = min(1, 0.2 / sum(positive))
         return [scale * v for v in positive]
 
     assert active.clean.tolist() == pytest.approx(cut([0.4 * v for v in excess]))
