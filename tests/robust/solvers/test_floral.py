@@ -47,22 +47,23 @@ def test_without_an_attacker_it_is_the_svm_and_stays_it(rounds):
     torch.testing.assert_close(found - found.mean(), scores - scores.mean(), rtol=1e-3, atol=1e-3)
 
 
-def test_two_rounds_by_hand():
+def test_three_rounds_by_hand_each_with_flips_of_the_given_labels():
     x, y = blobs()
-    floral = FLORAL(budget=3, c=1.0, gamma=0.5, rounds=2, step_size=0.05, seed=4)
+    floral = FLORAL(budget=3, c=1.0, gamma=0.5, rounds=3, step_size=0.05, seed=4)
     kernel = torch.tensor([[float(torch.exp(-0.5 * ((a - b) ** 2).sum())) for b in x] for a in x], dtype=torch.float64)
     torch.testing.assert_close(rbf(x, x, 0.5), kernel)
-    alpha = solve_dual(kernel, y, 1.0)
-    q = torch.outer(y, y) * kernel
-    alpha = project(alpha - 0.05 * (q @ alpha - 1), y, 1.0)
-    strongest = sorted(range(len(y)), key=lambda i: -float(alpha[i]))[:6]
-    order = torch.randperm(6, generator=torch.Generator().manual_seed(4))[:3].tolist()
-    flipped = y.clone()
-    for i in order:
-        flipped[strongest[i]] *= -1
-    assert int((flipped != y).sum()) == 3
-    q = torch.outer(flipped, flipped) * kernel
-    alpha = project(alpha - 0.05 * (q @ alpha - 1), flipped, 1.0)
+    alpha, flipped = solve_dual(kernel, y, 1.0), y
+    generator = torch.Generator().manual_seed(4)
+    for attacked in (True, True, False):
+        used = flipped
+        q = torch.outer(used, used) * kernel
+        alpha = project(alpha - 0.05 * (q @ alpha - 1), used, 1.0)
+        strongest = sorted(range(len(y)), key=lambda i: -float(alpha[i]))[:6]
+        flipped = y.clone()
+        for i in torch.randperm(6, generator=generator)[:3].tolist() if attacked else []:
+            flipped[strongest[i]] *= -1
+        assert int((flipped != y).sum()) == 3 * attacked
+    flipped = used
     model = floral(x, y)
     torch.testing.assert_close(model.alpha, alpha)
     assert torch.equal(model.y, flipped)
