@@ -105,6 +105,18 @@ class Views:
         return self.logits["adversarial"]
 
     @property
+    def points(self) -> Tensor:
+        """Adversarial points of the step, `[B, C, H, W]`: those that the objective searched first.
+
+        Raises:
+            ValueError: it has searched none.
+        """
+        found = [value for key, value in self.kept.items() if isinstance(key, tuple) and key[0] == "adversarial"]
+        if not found:
+            raise ValueError("this needs adversarial points, and the objective attacks no images; try pgd")
+        return found[0]
+
+    @property
     def kappa(self) -> Tensor:
         """Number of points of the attack's path at which its gradient was taken that are classified correctly, `[B]`.
 
