@@ -115,7 +115,10 @@ def of_one_batch(name: str, **changes: object) -> object:
     if name == "fat":
         still = FriendlyPGD(steps=2, start="clean", noise=0.0, mode="keep")
         return OBJECTIVES[name](objective=OBJECTIVES["pgd"](attack=still, **clean))
-    return oracle.objective(name, **(clean if "batch_norm" in fields_of(name) else {}), **changes)
+    own = {
+        field: value for field, value in clean.items() if field in fields_of(name) and "batch_norm" in fields_of(name)
+    }
+    return oracle.objective(name, **own, **changes)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES.names())

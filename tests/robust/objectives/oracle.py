@@ -69,8 +69,13 @@ def views_of(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, seed: int = 
 def objective(name: str, **changes: Any) -> Any:
     """The registered objective; checkpoints that it needs are named after their fields."""
     kind = OBJECTIVES[name]
-    needed = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
-    return kind(**{field: f"{field}.safetensors" for field in needed}, **changes)
+    return kind(**required(kind), **changes)
+
+
+def required(kind: type) -> dict[str, Any]:
+    """Values for the fields without a default: names of checkpoints."""
+    needed = [f for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
+    return {f.name: (f"{f.name}.safetensors",) if "tuple" in str(f.type) else f"{f.name}.safetensors" for f in needed}
 
 
 def begun(method: Any, model: nn.Module, epochs: int = 300) -> Any:

@@ -1,6 +1,9 @@
-"""HAT, LBGAT, MTARD and SRST-AWR: losses and gradients by hand, and what becomes of their second networks."""
+"""HAT, LBGAT, MTARD, SRST-AWR and PubDef: losses and gradients by hand, and what becomes of their second networks."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from robust.objectives.awr import AWR, labelled_cross_entropy
 from robust.objectives.hat import HAT
 from robust.objectives.lbgat import LBGAT
 from robust.objectives.mtard import MTARD
+from robust.objectives.pubdef import PubDef
 from robust.objectives.trades import TRADES
 from tests.robust.objectives import oracle
 
@@ -173,3 +177,37 @@ def test_awr_attacks_the_teachers_label_and_a_batch_without_labels_has_no_label_
     assert not terms["clean"].any() and terms["clean"].isfinite().all()
     loss = labelled_cross_entropy(torch.zeros(4, 2), torch.tensor([0, -1, 1, -1]), 0.0)
     assert float(loss.mean()) == pytest.approx(0.6931472)
+
+
+@dataclass(frozen=True)
+class Signed:
+    """One step along the gradient of the network that is attacked, and a note of who was."""
+
+    seen: list = field(default_factory=list, compare=False)
+    seed: int = 0
+    norms: ClassVar[tuple[str, ...]] = ("linf",)
+
+    def __call__(self, model, x, y, ball, *, generator=None, index=None):
+        self.seen.append(len(x))
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(oracle.loss_of_logits(model(leaf), y).sum(), leaf)
+        return (x + EPS * gradient.sign()).clamp(0, 1)
+
+
+def test_pubdef_trains_on_points_of_a_source_drawn_for_every_image(model):
+    x, _, y = points()
+    attack = Signed()
+    active = oracle.begun(PubDef(("first", "second one"), attack=attack), model)
+    chosen = (2 * torch.rand(len(x), dtype=x.dtype, generator=torch.Generator().manual_seed(0))).long().tolist()
+    moved = []
+    for b, number in enumerate(chosen):
+        leaf = x[b : b + 1].clone().requires_grad_()
+        loss = oracle.loss_of_logits(oracle.logits(active.sources[number].model, leaf), y[b : b + 1]).sum()
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        moved.append((leaf + EPS * gradient.sign()).detach().clamp(0, 1))
+    clean, transferred = (oracle.clean_pass(model, each)[0] for each in (x, torch.cat(moved)))
+    target = oracle.loss_of_logits(clean, y) / 2 + oracle.loss_of_logits(transferred, y) / 2
+    check(active, model, target.mean())
+    assert attack.seen == [chosen.count(0), chosen.count(1)] and 0 < chosen.count(0) < 6
+    with pytest.raises(ValueError, match=r"pubdef needs networks to be attacked: pubdef:sources=A"):
+        PubDef(())
