@@ -27,6 +27,10 @@ SHAPE = (2, 5, 5)
 Stats = dict[int, tuple[Tensor, Tensor]]
 
 
+FITTING = {"gat": {"sections": 1, "permutations": 1, "turns": 1}}
+"""Fields of objectives that cannot treat images of 5 by 5 pixels at their defaults."""
+
+
 def small_net(batch_norm: bool = False, seed: int = 0, hidden: int = 2) -> nn.Sequential:
     """Normalize, two convolutions, `hidden` - 2 dense layers and the logits, with random (also negative) BatchNorm."""
     torch.manual_seed(seed)
@@ -67,9 +71,9 @@ def views_of(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, seed: int = 
 
 
 def objective(name: str, **changes: Any) -> Any:
-    """The registered objective; checkpoints that it needs are named after their fields."""
+    """The registered objective, fit for small images; checkpoints that it needs are named after their fields."""
     kind = OBJECTIVES[name]
-    return kind(**required(kind), **changes)
+    return kind(**required(kind), **FITTING.get(name, {}), **changes)
 
 
 def required(kind: type) -> dict[str, Any]:
