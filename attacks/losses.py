@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -73,6 +74,17 @@ def kl_to_reference(logits: Tensor, y: Tensor, reference: Tensor) -> Tensor:
     return F.kl_div(logits.log_softmax(1), reference.log_softmax(1), reduction="none", log_target=True).sum(1)
 
 
+def logit_differences_moved(logits: Tensor, y: Tensor, reference: Tensor) -> Tensor:
+    """Euclidean length of D(logits) - D(reference), D(z) = (z_y - z_k) over k != y, for fixed reference logits, [B].
+
+    Its gradient is zero where the logits equal the reference.
+
+    Source: Mao et al. (2023), smooth adversarial comp-sum losses.
+    """
+    moved = logits - reference
+    return torch.linalg.vector_norm(_at(moved, y)[:, None] - moved, dim=1)
+
+
 def runner_up(logits: Tensor, y: Tensor) -> Tensor:
     """Largest logit of the wrong classes, [B]."""
     # Masked by -inf: a true class multiplied by zero would still win where all logits are negative.
@@ -90,7 +102,10 @@ def strongest_targets(logits: Tensor, y: Tensor, count: int | None = None) -> Te
     return logits.scatter(1, y[:, None], -math.inf).topk(min(count or wrong, wrong), dim=1).indices
 
 
-LOSSES: dict[LossName, Loss] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
+LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
+
+REFERENCE_LOSSES: dict[str, Loss] = {"kl": kl_to_reference, "logit_differences": logit_differences_moved}
+"""Losses that compare with the prediction at the clean point; their gradient is zero there."""
 
 
 def _at(logits: Tensor, classes: Tensor) -> Tensor:

@@ -97,7 +97,10 @@ class Active:
         return False
 
     def weights(self) -> dict[str, Tensor] | None:
-        """Parameters to judge and keep instead of the trained ones, by name; None for no opinion."""
+        """Parameters to judge and keep instead of the trained ones, by name; None for no opinion.
+
+        BatchNorm's running statistics may be among them; else they are re-estimated for these weights.
+        """
         return None
 
     def state(self) -> dict[str, Tensor]:

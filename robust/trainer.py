@@ -313,7 +313,7 @@ class _Run:
             return self.model
         model = copy.deepcopy(self.model)
         model.load_state_dict({**model.state_dict(), **averaged[-1]})
-        if has_batch_norm(model):
+        if has_batch_norm(model) and averaged[-1].keys().isdisjoint(dict(model.named_buffers())):
             reestimate_statistics(model, self._moment().batches())
         return model
 

@@ -15,7 +15,7 @@ from attacks.methods.pgd import PGD
 from attacks.mode import Model
 from certify.graph import Snapshot, cast_tensors
 from certify.ops.affine import Conv2d, Linear
-from robust.views import Views
+from robust.views import Views, split_last
 
 BatchNormStatistics = Literal["batch", "running", "eval", "train", "train_frozen"]
 """Statistics under an attack. batch: those of the clean batch (CTBench). running: the running ones after the clean pass
@@ -47,21 +47,31 @@ TRADES_STEP = 0.007 / 0.031
 """Step of the TRADES family, in units of its radius."""
 
 
-def adversarial(views: Views, attack: Attack, factor: float = 1.0, statistics: BatchNormStatistics = "batch") -> Tensor:
+def adversarial(
+    views: Views,
+    attack: Attack,
+    factor: float = 1.0,
+    statistics: BatchNormStatistics = "batch",
+    labels: Tensor | None = None,
+) -> Tensor:
     """Points that the attack finds in the ball of `factor` times the step's radius, `[B, C, H, W]`, detached.
 
     They are searched once a step, also where the loss is then computed at other weights.
+
+    Args:
+        labels: classes to attack instead of the images' own, `[B]`, such as a teacher's.
     """
+    y = views.y if labels is None else labels
 
     def search() -> Tensor:
         network: Model = with_weights_in(attacked_network(views, statistics), attack)
         ball = views.ball if factor == 1 else views.ball.scaled(factor)
         pace = {} if views.pace is None else {"pace": views.pace}
         if not views.count_correct:
-            return attack(network, views.x, views.y, ball, generator=views.generator, **pace)
-        counting = _Counting(network, views.y)
-        points = attack(counting, views.x, views.y, ball, generator=views.generator, **pace)
-        views.kept["kappa"] = counting.kappa
+            return attack(network, views.x, y, ball, generator=views.generator, **pace)
+        counting = _Counting(network, y)
+        points = attack(counting, views.x, y, ball, generator=views.generator, **pace)
+        views.kept["path"] = counting.kappa, counting.length
         return points
 
     return views.once(("adversarial", id(attack), factor, statistics), search)
@@ -80,9 +90,22 @@ def attacked_network(views: Views, statistics: BatchNormStatistics) -> Model:
 
 def adversarial_logits(views: Views, x_adv: Tensor, batch_norm: BatchNormOf) -> Tensor:
     """Logits at the adversarial points, `[B, K]`, noted in `views.logits`."""
-    own = batch_norm == "own" and views.graph.has_batch_norm
-    views.logits["adversarial"] = views.train(x_adv) if own else views.snapshot(x_adv)
+    views.logits["adversarial"] = logits_at(views, x_adv, batch_norm)
     return views.logits["adversarial"]
+
+
+def logits_at(views: Views, x: Tensor, batch_norm: BatchNormOf) -> Tensor:
+    """Logits at any points of the step, `[B, K]`, with the BatchNorm statistics that are asked for."""
+    return views.train(x) if batch_norm == "own" and views.graph.has_batch_norm else views.snapshot(x)
+
+
+def logits_and_features_at(views: Views, x: Tensor, batch_norm: BatchNormOf) -> tuple[Tensor, Tensor]:
+    """(logits, inputs of the last layer `[B, n]`) as in `logits_at`."""
+    if batch_norm == "own" and views.graph.has_batch_norm:
+        return views.train_with_features(x)
+    front, last = split_last(views.snapshot)
+    features = front(x)
+    return last.forward(features), features
 
 
 def attacked_and_bounding(views: Views, x_adv: Tensor, statistics: BoundsStatistics) -> tuple[Tensor, Snapshot]:
@@ -115,6 +138,7 @@ class _Counting:
     network: Model
     y: Tensor
     kappa: Tensor = field(init=False)
+    length: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.kappa = torch.zeros_like(self.y)
@@ -125,4 +149,5 @@ class _Counting:
             if len(x) != len(self.y):
                 raise ValueError("points of an attack's path are counted for keep=last or best, restarts=1 only")
             self.kappa += ~misclassified(logits.detach(), self.y)
+            self.length += 1
         return logits

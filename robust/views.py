@@ -58,7 +58,7 @@ class Views:
         index: numbers of the images among the training images, `[B]`.
         epoch: steps done over steps per epoch.
         pace: factor on the steps of attacks, `[B]`; None for none.
-        count_correct: whether attacks note `kappa`.
+        count_correct: whether attacks note `kappa` and `path_length`.
         kept: what `once` has made.
         moves_statistics: whether passes in training mode move the running statistics (those of an attack always do).
 
@@ -105,15 +105,36 @@ class Views:
         return self.logits["adversarial"]
 
     @property
+    def points(self) -> Tensor:
+        """Adversarial points of the step, `[B, C, H, W]`: those that the objective searched first.
+
+        Raises:
+            ValueError: it has searched none.
+        """
+        found = [value for key, value in self.kept.items() if isinstance(key, tuple) and key[0] == "adversarial"]
+        if not found:
+            raise ValueError("this needs adversarial points, and the objective attacks no images; try pgd")
+        return found[0]
+
+    @property
     def kappa(self) -> Tensor:
         """Number of points of the attack's path at which its gradient was taken that are classified correctly, `[B]`.
 
         Raises:
             ValueError: the objective attacks nothing.
         """
-        if "kappa" not in self.kept:
+        return self._path[0]
+
+    @property
+    def path_length(self) -> int:
+        """Number of points of the attack's path at which its gradient was taken: the largest possible `kappa`."""
+        return self._path[1]
+
+    @property
+    def _path(self) -> tuple[Tensor, int]:
+        if "path" not in self.kept:
             raise ValueError("this needs an attack's path, and the objective attacks no points; try pgd")
-        return self.kept["kappa"]
+        return self.kept["path"]
 
     @cached_property
     def _clean_pass(self) -> tuple[Tensor, Mapping[int, Statistics]]:

@@ -12,11 +12,12 @@ from typing import ClassVar, Literal, NamedTuple
 from torch import Tensor
 
 from attacks.registry import Registry
+from robust.active import RunFacts
 from robust.views import Views
 
 WEIGHTINGS = Registry("weighting", "robust.weightings")
 
-DIVERGENCES = frozenset({"kl"})
+DIVERGENCES = frozenset({"kl", "distillation", "clean_distillation", "smooth"})
 """Terms that compare two predictions; all others compare a prediction, or a bound of it, with the label."""
 
 
@@ -51,6 +52,26 @@ Normalisation = Literal["none", "mean_one", "sum_one"]
 def weighted(terms: dict[str, Tensor], weight: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     """The terms, of which those named are multiplied by `weight` `[B]`."""
     return {name: weight * value if name in names else value for name, value in terms.items()}
+
+
+def weighted_term(terms: dict[str, Tensor], weight: Tensor, name: str, method: str) -> dict[str, Tensor]:
+    """The terms, of which the one named is multiplied by `weight` `[B]`.
+
+    Raises:
+        ValueError: the objective has no such term.
+    """
+    if name not in terms:
+        raise ValueError(f"{method} weights the term {name!r}, and the objective has {', '.join(terms)}; set term=")
+    return weighted(terms, weight, (name,))
+
+
+def check_start(name: str, start_epoch: float, run: RunFacts) -> None:
+    """ValueError where the run ends before the weights would act."""
+    if start_epoch >= run.epochs:
+        raise ValueError(
+            f"{name}: start_epoch={start_epoch:g} of {run.epochs} epochs leaves none with weights; give a smaller one, "
+            f"such as {name}:start_epoch={run.epochs // 2}"
+        )
 
 
 def label_terms(terms: dict[str, Tensor]) -> list[str]:

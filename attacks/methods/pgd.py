@@ -11,7 +11,7 @@ from torch import Tensor
 from attacks.ascent import Ascent, Keep, Survivors, Task, ascend, stronger
 from attacks.attack import ATTACKS, noise_of
 from attacks.gradient import Precision, forward
-from attacks.losses import LOSSES, Loss, kl_to_reference, misclassified
+from attacks.losses import LOSSES, REFERENCE_LOSSES, Loss, misclassified
 from attacks.mode import Mode, Model, attack_mode
 from attacks.noise import Generators, normal
 from attacks.region import Region, Unit, region_around
@@ -34,8 +34,9 @@ class PGD:
     Args:
         steps, step_size: number and first length of the steps, in `unit`; None is the rule of thumb 2.5 / steps.
         restarts: independent runs; with the default `keep` only examples that hold out are attacked again.
-        loss: what is climbed; "kl" is the divergence from the prediction at the clean point (TRADES) and needs a start
-            other than "clean".
+        loss: what is climbed; "kl" is the divergence from the prediction at the clean point (TRADES),
+            "logit_differences" the length by which the differences of its logits move; these two need a start other
+            than "clean".
         start: "uniform" in the ball, "gaussian" noise of standard deviation 0.001, or "clean".
         decay, decay_at, unit, keep, precision: see Ascent.
         mode: state of the model during the attack, see attacks.mode; attacks of training steps want keep="last" or
@@ -49,7 +50,7 @@ class PGD:
     steps: int = 20
     step_size: float | None = None
     restarts: int = 1
-    loss: Literal["cross_entropy", "margin", "dlr", "kl"] = "cross_entropy"
+    loss: Literal["cross_entropy", "margin", "dlr", "kl", "logit_differences"] = "cross_entropy"
     start: Start = "uniform"
     decay: float = 1.0
     decay_at: tuple[float, ...] = ()
@@ -109,13 +110,13 @@ class PGD:
 
     def _prepare(self, model: Model, x: Tensor, y: Tensor, ball: Ball) -> tuple[Loss, Task, Tensor | None]:
         """Loss, examples, and which of them are wrong before any attack (None where that does not matter)."""
-        if self.loss != "kl" and self.keep != "first_fooled":
+        if self.loss not in REFERENCE_LOSSES and self.keep != "first_fooled":
             return LOSSES[self.loss], Task(x, (y,), ball), None
         with torch.no_grad():
             clean = forward(model, x, self.precision)
         fooled = misclassified(clean, y) if self.keep == "first_fooled" else None
-        if self.loss == "kl":
-            return kl_to_reference, Task(x, (y, clean), ball), fooled
+        if self.loss in REFERENCE_LOSSES:
+            return REFERENCE_LOSSES[self.loss], Task(x, (y, clean), ball), fooled
         return LOSSES[self.loss], Task(x, (y,), ball), fooled
 
 

@@ -79,8 +79,20 @@ def robust_settings(out: Path) -> Settings:
         {"objective": f"mtl_ibp:{STEP}", "micro_batch": 100, "regularizers": ("shi:weight=0.5",)},
         {"objective": "free_for_test", "weight_perturbation": "sam", "weightings": ()},
         {"weight_perturbation": "rwp:iterations=2", "weightings": ("doubt_for_test",), "objective": f"trades:{STEP}"},
+        {
+            "objective": f"lbgat:teacher=cnn3,{STEP}",
+            "weightings": ("kl_dro:momentum=0.5",),
+            "regularizers": ("elle_a:weight=2,sensitivity=0", "saf:start_epoch=1,epochs_back=1", "mesa:start_epoch=1"),
+            "hooks": ("ema:decay=0.9,warmup=true,start_epoch=0.5,batch_norm=average",),
+        },
+        {
+            "objective": f"trades:kl_weight=1,{STEP}",
+            "weightings": ("cfa:start_epoch=1", "frl:attack=(fgsm),clean_bound=-1,boundary_bound=-1"),
+            "hooks": ("fawa:threshold=0,attack=(fgsm)",),
+            "validation": 0.1,
+        },
     ],
-    ids=["all", "certified", "state", "rwp"],
+    ids=["all", "certified", "state", "rwp", "memories", "fairness"],
 )
 @pytest.mark.usefixtures("pieces")
 def test_a_run_of_many_pieces_stopped_behind_any_step_ends_bit_by_bit_like_an_undisturbed_one(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attacks.methods.friendly_pgd import FriendlyPGD
 from attacks.threat import LinfBall
 from certify.graph import Snapshot, capture
 from robust.objective import OBJECTIVES, certified_cross_entropy
@@ -110,9 +111,14 @@ def fields_of(name: str) -> set[str]:
 
 def of_one_batch(name: str, **changes: object) -> object:
     """The objective in the form in which every pass has the clean batch's statistics."""
-    wanted = {"statistics": "batch", "batch_norm": "clean"} if "batch_norm" in fields_of(name) else {}
-    clean = {key: value for key, value in wanted.items() if key in fields_of(name)}
-    return OBJECTIVES[name](**clean, **changes)
+    clean = {"statistics": "batch", "batch_norm": "clean"}
+    if name == "fat":
+        still = FriendlyPGD(steps=2, start="clean", noise=0.0, mode="keep")
+        return OBJECTIVES[name](objective=OBJECTIVES["pgd"](attack=still, **clean))
+    own = {
+        field: value for field, value in clean.items() if field in fields_of(name) and "batch_norm" in fields_of(name)
+    }
+    return oracle.objective(name, **own, **changes)
 
 
 # Losses of l2-certified networks need an l2 ball and a network of their own: test_l2_objectives.py.
@@ -126,7 +132,7 @@ def test_running_statistics_move_once_per_step_and_by_the_clean_pass_alone(name)
     twin = copy.deepcopy(model)
     twin(x)
     views = oracle.views_of(model, x, y, EPS, note_boxes=True)
-    oracle.loss_of(of_one_batch(name)(views)).backward()
+    oracle.loss_of(oracle.begun(of_one_batch(name), model)(views)).backward()
     for key, value in twin.named_buffers():
         torch.testing.assert_close(dict(model.named_buffers())[key], value, msg=f"{name} moved {key} differently")
 
@@ -146,8 +152,11 @@ def test_running_view_holds_the_running_statistics_after_the_clean_pass_whatever
     assert torch.equal(*found)
 
 
-PER_EXAMPLE = [name for name in NAMES if name not in ("exp_ibp", "taps", "staps", "sovr")]
-"""The others multiply batch means or compare examples, so a part of a batch has terms of its own."""
+OF_THE_BATCH = {"exp_ibp", "taps", "staps", "sovr", "srat", "lbgat", "mtard", "beta", "lat"}
+"""They multiply or weigh batch means, compare examples, have a teacher in training mode, or draw noise that depends on
+the size of the batch, so a part of a batch has terms of its own."""
+
+PER_EXAMPLE = [name for name in NAMES if name not in OF_THE_BATCH]
 
 
 def without_noise(name: str) -> object:
@@ -159,8 +168,9 @@ def without_noise(name: str) -> object:
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_parts_of_a_batch_with_the_whole_batchs_statistics_give_the_whole_batchs_terms(name, batch_norm):
     x, y = oracle.images()
-    objective, schedule = without_noise(name), {"eps_fraction": 0.5, "ramp": 0.5}
+    schedule = {"eps_fraction": 0.5, "ramp": 0.5}
     model = oracle.small_net(batch_norm)
+    objective = oracle.begun(without_noise(name), model)
     whole = objective(oracle.views_of(model, x, y, EPS, **schedule))
     model = oracle.small_net(batch_norm)
     _, statistics = capture(model, x).forward_train(x)
@@ -178,10 +188,11 @@ def test_parts_of_a_batch_with_the_whole_batchs_statistics_give_the_whole_batchs
 @pytest.mark.parametrize("name", NAMES)
 def test_given_statistics_of_the_same_batch_change_neither_terms_nor_gradients(name):
     x, y = oracle.images()
-    objective, found = without_noise(name), []
+    found = []
     for given in (False, True):
         model = oracle.small_net(batch_norm=True, hidden=3)
         statistics = capture(model, x).forward_train(x)[1] if given else None
+        objective = oracle.begun(without_noise(name), model)
         terms = objective(oracle.views_of(model, x, y, EPS, statistics=statistics))
         found.append((terms, oracle.gradients(oracle.loss_of(terms), model)))
     for key, value in found[0][0].items():

@@ -112,7 +112,8 @@ def test_a_hook_that_averages_says_so_before_it_has_an_opinion() -> None:
     """The trainer refuses two of them at the start of a run."""
     model = nn.Linear(2, 2)
     moment = Moment(model, 1, 1.0, lambda: iter(()))
-    for name in HOOKS.names():
+    # Those that are left out judge epochs, or need more processes or another model.
+    for name in set(HOOKS.names()) - {"condlr", "fawa", "fedavg"}:
         active = HOOKS.parse(name).start(RunFacts(model, (1, 1, 2), 2, 4, 1, 1, lambda text: model))
         moment.step = 10
         active.after_step(moment)

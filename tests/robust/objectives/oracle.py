@@ -6,20 +6,29 @@ through its layers. Everything else (boxes, CROWN, losses) is matrix arithmetic 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from attacks.threat import Ball, LinfBall
 from certify.graph import capture
+from robust.active import RunFacts, begin
 from robust.normalize import Normalize
+from robust.objective import OBJECTIVES
 from robust.views import Views
 
 CLASSES = 4
 SHAPE = (2, 5, 5)
 Stats = dict[int, tuple[Tensor, Tensor]]
+
+
+FITTING = {"gat": {"sections": 1, "permutations": 1, "turns": 1}}
+"""Fields of objectives that cannot treat images of 5 by 5 pixels at their defaults."""
 
 
 def small_net(batch_norm: bool = False, seed: int = 0, hidden: int = 2) -> nn.Sequential:
@@ -59,6 +68,33 @@ def images(batch: int = 6, seed: int = 1) -> tuple[Tensor, Tensor]:
 def views_of(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, seed: int = 0, **options) -> Views:
     """Views of one batch at radius `eps`, noise from a fresh generator."""
     return Views(capture(model, x), x, y, LinfBall(eps), torch.Generator().manual_seed(seed), **options)
+
+
+def objective(name: str, **changes: Any) -> Any:
+    """The registered objective, fit for small images; checkpoints that it needs are named after their fields."""
+    kind = OBJECTIVES[name]
+    return kind(**required(kind), **FITTING.get(name, {}), **changes)
+
+
+def required(kind: type) -> dict[str, Any]:
+    """Values for the fields without a default: names of checkpoints."""
+    needed = [f for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
+    return {f.name: (f"{f.name}.safetensors",) if "tuple" in str(f.type) else f"{f.name}.safetensors" for f in needed}
+
+
+def begun(method: Any, model: nn.Module, epochs: int = 300) -> Any:
+    """The method as a run of `model` uses it: other small networks stand for checkpoints and for networks it builds."""
+    dtype = next(model.parameters()).dtype
+
+    def another(text: Any) -> nn.Module:
+        return small_net(batch_norm=True, seed=len(str(text))).to(dtype)
+
+    def load(path: Any) -> SimpleNamespace:
+        return SimpleNamespace(model=another(path).eval(), settings={"input_shape": SHAPE, "classes": CLASSES})
+
+    run = RunFacts(model, SHAPE, CLASSES, 6, epochs, 1, another, LinfBall(0.05))
+    with mock.patch("robust.auxiliary.load", load):
+        return begin(method, run)
 
 
 def loss_of(terms: dict[str, Tensor]) -> Tensor:
