@@ -11,6 +11,7 @@ FLAGS = {
     "train": {"recipe", "out", "tensorboard"},
     "certify": {"data", "split", "eps", "norm", "model", "limit", "batch-size", "out", "no-curve", "verifier"},
     "attack": {"data", "split", "eps", "norm", "model", "limit", "batch-size", "out", "no-curve", "attack"},
+    "masking": {"data", "split", "eps", "norm", "model", "limit", "out"},
     "report": set(),
     "methods": set(),
     "recipes": set(),
@@ -25,5 +26,5 @@ def test_no_command_has_grown_a_flag() -> None:
         flags = {flag.removeprefix("--") for action in commands[name]._actions for flag in action.option_strings}
         settings = {field.name for field in dataclasses.fields(Settings)} if name == "train" else set()
         settings |= {field.replace("_", "-") for field in settings}
-        machine = MACHINE if name in ("train", "certify", "attack") else set()
+        machine = MACHINE if name in ("train", "certify", "attack", "masking") else set()
         assert flags - {"-h", "help", "debug"} == expected | settings | machine
