@@ -25,6 +25,8 @@ setup(
     ],
     extras_require={
         "tensorboard": ["tensorboard"],
+        # The bound keeps resolvers from an older release without the pin on requests 2.25 that this one has.
+        "torchattacks": ["torchattacks>=3.5.1"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "tensorboard"],
     },
     entry_points={"console_scripts": ["robust = robust.cli:main"]},
