@@ -105,10 +105,10 @@ class Square:
             count = min(BLOCK, self.queries - first)
             numbers = (len(left), count, PLACES + task.x.shape[1])
             draws = uniform(numbers, task.x, noise(rows[held], restart, 1, first))
-            proposals = _proposals(task.x, task.ball)
+            sides = [window_side(self._share_at(first + query), task.x.shape[-2:]) for query in range(count)]
+            block = _proposals(task.x, task.ball).block(sides, draws)
             for query in range(count):
-                side = window_side(self._share_at(first + query), task.x.shape[-2:])
-                candidate = proposals.change(point, side, draws[:, query])
+                candidate = block.change(point, query)
                 value, logits = measure(model, margin, candidate, task.labels, self.precision)
                 value = value.masked_fill(misclassified(logits, task.labels[0]), math.inf)
                 better = value > loss
@@ -146,11 +146,28 @@ class _Corners:
         raised = uniform((count, channels, 1, width), self.lo, generators) < 0.5
         return torch.where(raised, self.hi, self.lo)
 
-    def change(self, point: Tensor, side: int, draw: Tensor) -> Tensor:
-        """The points with a window changed; draw is [B, PLACES + C]."""
-        raised = draw[:, PLACES:, None, None] < 0.5
-        window = _inside(_corner(draw[:, 0:2], side, point), side, point)
-        return torch.where(window, torch.where(raised, self.hi, self.lo), point)
+    def block(self, sides: list[int], draws: Tensor) -> _CornerBlock:
+        """The changes of some queries, from uniform numbers [B, Q, PLACES + C]."""
+        height, width = self.lo.shape[-2:]
+        down, across = _spans(draws[:, :, 0], sides, height), _spans(draws[:, :, 1], sides, width)
+        return _CornerBlock(self.lo, self.hi, down, across, draws[:, :, PLACES:, None, None] < 0.5)
+
+
+@dataclass(frozen=True)
+class _CornerBlock:
+    """Changes of Q queries: what does not depend on the points is computed for all of them at once, because on small
+    networks a dozen operations per query take as long as the network."""
+
+    lo: Tensor
+    hi: Tensor
+    down: Tensor  # rows in the window, [B, Q, H]
+    across: Tensor  # columns in the window, [B, Q, W]
+    raised: Tensor  # channels that go to their upper limits, [B, Q, C, 1, 1]
+
+    def change(self, point: Tensor, query: int) -> Tensor:
+        """The points with one window changed."""
+        window = self.down[:, query, None, :, None] & self.across[:, query, None, None, :]
+        return torch.where(window, torch.where(self.raised[:, query], self.hi, self.lo), point)
 
 
 @dataclass(frozen=True)
@@ -174,6 +191,10 @@ class _Mass:
         image = tiles.transpose(3, 4).reshape(count, channels, down * side, across * side)
         move[:, :, top : top + down * side, left : left + across * side] = image
         return self._stretched(move)
+
+    def block(self, sides: list[int], draws: Tensor) -> _MassBlock:
+        """The changes of some queries, from uniform numbers [B, Q, PLACES + C]."""
+        return _MassBlock(self, sides, draws)
 
     def change(self, point: Tensor, side: int, draw: Tensor) -> Tensor:
         """The points with one window changed and another one back at the clean image; draw is [B, PLACES + C]."""
@@ -215,6 +236,19 @@ class _Mass:
         return move.square().sum((-2, -1), keepdim=True).sqrt()
 
 
+@dataclass(frozen=True)
+class _MassBlock:
+    """Changes of Q queries."""
+
+    mass: _Mass
+    sides: list[int]
+    draws: Tensor
+
+    def change(self, point: Tensor, query: int) -> Tensor:
+        """The points after one query."""
+        return self.mass.change(point, self.sides[query], self.draws[:, query])
+
+
 def _sign(draw: Tensor) -> Tensor:
     return torch.where(draw < 0.5, 1.0, -1.0).to(draw)
 
@@ -223,6 +257,14 @@ def _corner(draw: Tensor, side: int, image: Tensor) -> Tensor:
     """Upper left pixels [B, 2] of windows in the image, from uniform numbers [B, 2]."""
     room = torch.tensor(image.shape[-2:], device=draw.device) - side + 1
     return (draw * room).long().clamp(max=room - 1)
+
+
+def _spans(draw: Tensor, sides: list[int], size: int) -> Tensor:
+    """Which of `size` pixels in a line are in each query's window, at positions from uniform numbers [B, Q]."""
+    side = torch.tensor(sides, device=draw.device)
+    room = size - side + 1
+    offset = torch.arange(size, device=draw.device) - (draw * room).long().minimum(room - 1)[:, :, None]
+    return (offset >= 0) & (offset < side[:, None])
 
 
 def _inside(corner: Tensor, side: int, image: Tensor) -> Tensor:

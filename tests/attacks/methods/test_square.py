@@ -24,7 +24,8 @@ def test_a_linf_proposal_changes_one_square_to_the_limits_and_any_position_may_c
     x = torch.full((400, 3, 6, 5), 0.5)
     corners = _Corners(*LinfBall(0.1).box(x))
     point = x.clone()
-    candidate = corners.change(point, 2, uniform((400, PLACES + 3), x, streams(0, range(400))))
+    draws = uniform((400, 2, PLACES + 3), x, streams(0, range(400)))
+    candidate = corners.block([4, 2], draws).change(point, 1)
     changed = candidate != point
     assert (changed.flatten(1).sum(1) == 3 * 4).all()
     assert torch.equal(candidate[changed], torch.where(candidate > point, corners.hi, corners.lo)[changed])
