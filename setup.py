@@ -37,6 +37,8 @@ setup(
             "onnxruntime",
             "onnxscript",  # which torch.onnx.export needs
         ],
+        # The bound keeps resolvers from an older release without the pin on requests 2.25 that this one has.
+        "torchattacks": ["torchattacks>=3.5.1"],
     },
     entry_points={"console_scripts": ["robust = robust.cli:main"]},
 )

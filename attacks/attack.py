@@ -53,6 +53,23 @@ class Attack(Protocol):
         ...
 
 
+@runtime_checkable
+class Ensemble(Attack, Protocol):
+    """An attack made of attacks, whose outcomes a report tells apart.
+
+    Attributes:
+        individual: whether an evaluation tries every attack on every example, not only on those that the attacks
+            before it left.
+    """
+
+    @property
+    def individual(self) -> bool: ...
+
+    def stages(self, ball: Ball) -> dict[str, Attack]:
+        """The attacks by name, in the order in which they run."""
+        ...
+
+
 Noise = Callable[..., Generators]
 """(rows, *keys) -> generators for those rows of the batch (None: all of them); keys tell restarts and targets apart."""
 

@@ -40,12 +40,12 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """Difference of logits ratio, [B]: the margin in units of the gap between the largest and the third logit.
 
     Unchanged when the logits are shifted or scaled; the gradient flows through the denominator too. Two classes have
-    no third logit: there the unit is the (constant) spread of the logits.
+    no third logit, and in units of their gap the margin would not change at all: there it is the margin itself.
 
     Source: Croce and Hein (2020), eq. (6).
     """
     if logits.shape[1] < 3:
-        return margin(logits, y) / _spread(logits)
+        return margin(logits, y)
     ordered = logits.topk(3, dim=1).values
     return margin(logits, y) / (ordered[:, 0] - ordered[:, 2] + TINY)
 
@@ -53,10 +53,12 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
 def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """z_t - z_y in units of the gap between the largest logit and the mean of the third and fourth, [B].
 
-    With fewer than four classes the unit is the (constant) spread of the logits.
+    With three classes the unit is the (constant) spread of the logits, with two it is 1, see `dlr`.
 
     Source: Croce and Hein (2020), eq. (7).
     """
+    if logits.shape[1] < 3:
+        return targeted_margin(logits, y, target)
     if logits.shape[1] < 4:
         return targeted_margin(logits, y, target) / _spread(logits)
     ordered = logits.topk(4, dim=1).values

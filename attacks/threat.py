@@ -67,6 +67,10 @@ class Ball(ABC):
         """Largest value of <a, d> / eps over moves d of the ball (pixel range aside), reduced over `dims`."""
 
     @abstractmethod
+    def length(self, move: Tensor) -> Tensor:
+        """Norm of each move [B, ...], without regard to eps: float64 [B]."""
+
+    @abstractmethod
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Whether each x_adv is in the ball and in the pixel range, without tolerance: bool [B]."""
 
@@ -86,6 +90,15 @@ class Ball(ABC):
     def eps_of(self, x: Tensor) -> Tensor:
         """Radius of each example in the dtype of x, [B, 1, ..., 1]."""
         return self._radius(x).to(x.dtype)
+
+    def room(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """How far each pixel of x can fall and rise within the pixel range, infinitely far where there is none."""
+        low, high = self._limits(x, "inward")
+        return x - low, high - x
+
+    def cut(self, point: Tensor) -> Tensor:
+        """The point with each pixel moved into the pixel range, in place, whatever its distance from anything."""
+        return point.clamp_(*self._limits(point, "inward"))
 
     def scaled(self, factor: float | Tensor) -> Self:
         """The same threat model with eps multiplied by `factor`, one number or one per example [B]."""
@@ -147,6 +160,9 @@ class LinfBall(Ball):
     def dual_norm(self, a: Tensor, dims: tuple[int, ...]) -> Tensor:
         return a.abs().sum(dims)
 
+    def length(self, move: Tensor) -> Tensor:
+        return move.flatten(1).abs().amax(dim=1).double()
+
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
         wide, centre, radius = x_adv.double(), x.double(), self._radius(x)
         lo = _rounded_sum(centre, -radius, torch.float64, "up")
@@ -185,6 +201,9 @@ class L2Ball(Ball):
 
     def dual_norm(self, a: Tensor, dims: tuple[int, ...]) -> Tensor:
         return torch.linalg.vector_norm(a, dim=dims)
+
+    def length(self, move: Tensor) -> Tensor:
+        return _l2(move).flatten()
 
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
         inside = _l2(x_adv.double() - x.double()) <= self._radius(x)
@@ -243,6 +262,9 @@ class L1Ball(Ball):
 
     def dual_norm(self, a: Tensor, dims: tuple[int, ...]) -> Tensor:
         return a.abs().amax(dims)
+
+    def length(self, move: Tensor) -> Tensor:
+        return move.flatten(1).abs().sum(dim=1, dtype=torch.float64)
 
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
         length = (x_adv.double() - x.double()).abs().flatten(1).sum(dim=1)

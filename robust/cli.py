@@ -1,4 +1,4 @@
-"""The command line: `robust train | certify | attack | lipschitz | vnnlib | compare | report | methods | recipes`.
+"""The command line: `robust train | certify | attack | ... | recipes`; `robust --help` lists the commands.
 
 Entry points stay thin: they read settings, call the library and print where the results are. Flags are run-level only;
 a method's hyper-parameters are fields of its text, such as `--objective mtl_ibp:ibp_weight=0.01`.
@@ -40,6 +40,7 @@ from robust.files import FileInUse, write_whole
 from robust.images import Images
 from robust.lipschitz import Plan, measure
 from robust.listing import KINDS, print_methods, print_recipes
+from robust.masking import MASKING_FILE, check_masking
 from robust.model import MODELS
 from robust.report import ROWS_FILE, Rate, Report
 from robust.report_folder import write_report
@@ -55,6 +56,7 @@ USER_ERRORS = (ValueError, OSError, TrainingError, FileInUse, CrewError)
 
 CURVE_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 CURVE_IMAGES = 200
+MASKING_IMAGES = 200
 
 
 EXAMPLES = {
@@ -88,6 +90,9 @@ Prints sat, unsat, timeout or unknown; after sat, a counterexample that onnxrunt
     "compare": """examples:
   robust compare runs/trades runs/trades_dafa --attacks pgd:steps=20 apgd_t
   robust compare runs/pgd --limit 1000""",
+    "masking": """examples:
+  robust masking runs/digits_mtl_ibp/checkpoint.safetensors
+  robust masking model.safetensors --eps 8/255 --limit 500 --out reports/8_255""",
     "report": """example:
   robust report runs/digits_mtl_ibp/certify""",
     "methods": """examples:
@@ -192,6 +197,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--out", type=Path, help="folder of the comparison (default: comparison/ in the first run)")
     _add_machine(compare)
+    masking = _command(commands, "masking", _masking, "signs of masked gradients: whether attacks can be trusted")
+    _add_problem(masking)
+    masking.add_argument(
+        "--out", type=Path, help="folder of a report to add to (default: attack/ beside the checkpoint)"
+    )
+    _add_machine(masking)
     report = _command(commands, "report", _report, "draw the report of a finished or running evaluation again")
     report.add_argument("folder", type=Path, help="folder with rows.jsonl")
     methods = _command(commands, "methods", _methods, "list methods and their fields")
@@ -243,7 +254,7 @@ def _metavar(hint: Any) -> str:
     return "|".join(typing.get_args(hint)) if typing.get_origin(hint) is typing.Literal else "TEXT"
 
 
-def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+def _add_problem(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="checkpoint, or with --model a plain state dict")
     parser.add_argument("--data", help="data set (default: the one that the checkpoint was trained on)")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="which images (default: test)")
@@ -251,6 +262,10 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norm", help="linf, l2 or l1 (default: the checkpoint's)")
     parser.add_argument("--model", help="architecture of a plain state dict, which is loaded without running its code")
     parser.add_argument("--limit", type=_count, metavar="N", help="only the first N images")
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    _add_problem(parser)
     parser.add_argument(
         "--batch-size", type=_count, metavar="N", help="images decided and written together (default: the verifier's)"
     )
@@ -520,6 +535,25 @@ def _vnnlib(options: argparse.Namespace) -> None:
     else:
         write_whole(options.out, text)
         print(text.partition("\n")[0])
+
+
+def _masking(options: argparse.Namespace) -> None:
+    device = _device(options.device)
+    checkpoint, data, ball = _problem(options)
+    images = data.test if options.split == "test" else data.train
+    count = min(options.limit or MASKING_IMAGES, len(images))
+    x, y = images.batch(torch.arange(count), device)
+    record = check_masking(checkpoint.model.to(device), x, y, ball)
+    out = options.out or options.checkpoint.parent / "attack"
+    out.mkdir(parents=True, exist_ok=True)
+    record.save(out)
+    for check in record.checks:
+        value = "-" if check.value is None else f"{check.value:.3g}"
+        print(f"{'FLAG' if check.flagged else 'ok':>5}  {check.name}: {value} (limit {check.limit:.3g})")
+        if check.flagged:
+            print(f"       {check.words}")
+    print(f"flags: {', '.join(record.flags) or 'none'} ({record.examples} examples)")
+    print(f"record: {out / MASKING_FILE}; `robust report {out}` shows it beside an evaluation's rows")
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attacks.attack import ATTACKS, Attack
+from attacks.attack import ATTACKS, Attack, Ensemble
 from attacks.mode import attack_mode
 from attacks.registry import Registry
 from attacks.threat import Ball
 from certify.precision import exact_arithmetic
-from certify.verdict import SoundnessError, Verdict, falsified, logits_of
+from certify.verdict import SoundnessError, Status, Verdict, falsified, logits_of
 from certify.verifier import VERIFIERS
 from robust.checkpoint import Checkpoint, ball_facts
 from robust.crew import Crew, Records
@@ -181,8 +181,28 @@ def decide(
 
 
 def _attacked(rows: list[Row], model: nn.Module, x: Tensor, y: Tensor, ball: Ball, attack: Attack) -> list[Row]:
-    """Rows after the attack on the unknown ones: falsified where its point is a witness."""
-    rows, left = list(rows), _left(rows, x)
+    """Rows after the attack, or the attacks of an ensemble one after the other."""
+    if not isinstance(attack, Ensemble):
+        name = (describe(ATTACKS, attack) or "").partition(":")[0]
+        return _attempted(rows, model, x, y, ball, name, attack, ("unknown",))
+    tried: tuple[Status, ...] = ("unknown", "falsified") if attack.individual else ("unknown",)
+    for name, stage in attack.stages(ball).items():
+        rows = _attempted(rows, model, x, y, ball, name, stage, tried)
+    return rows
+
+
+def _attempted(
+    rows: list[Row],
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    name: str,
+    attack: Attack,
+    tried: Sequence[Status],
+) -> list[Row]:
+    """Rows after one attack on those with a status in `tried`: falsified where its point is a witness."""
+    rows, left = list(rows), _with_status(rows, x, tried)
     if not len(left):
         return rows
     started = time.perf_counter()
@@ -193,35 +213,39 @@ def _attacked(rows: list[Row], model: nn.Module, x: Tensor, y: Tensor, ball: Bal
     logits = logits_of(model, x_adv)
     margin, suspected = _margins(logits, y).tolist(), (logits.argmax(dim=1) != y).tolist()
     seconds = (time.perf_counter() - started) / len(left)
-    method = (describe(ATTACKS, attack) or "").partition(":")[0]
     for k, i in enumerate(left.tolist()):
-        rows[i] = dataclasses.replace(rows[i], attack_margin=_finite(margin[k]), seconds=seconds)
-        if suspected[k]:
-            rows[i] = _if_witness(rows[i], model, x_adv[k], x[k], y[k], ball.select(torch.tensor([k])), method)
+        row = dataclasses.replace(rows[i], seconds=rows[i].seconds + seconds)
+        verdict = (
+            _witnessed(model, x_adv[k], x[k], y[k], ball.select(torch.tensor([k])), name, seconds)
+            if suspected[k]
+            else None
+        )
+        row = dataclasses.replace(row, attempts={**row.attempts, name: verdict is not None})
+        if row.status == "unknown":
+            known = [m for m in (row.attack_margin, _finite(margin[k])) if m is not None]
+            row = dataclasses.replace(row, attack_margin=min(known, default=None))
+        if row.status == "unknown" and verdict is not None:
+            found = {"status": verdict.status, "method": name, "attacked": True, "precision": verdict.precision}
+            row = dataclasses.replace(row, attack_margin=_finite(margin[k]), **found, **_distances(x_adv[k], x[k]))
+        rows[i] = row
     return rows
 
 
-def _if_witness(row: Row, model: nn.Module, point: Tensor, x: Tensor, y: Tensor, ball: Ball, method: str) -> Row:
-    """The row as falsified, where a verdict confirms that `point` is a witness; else as it is."""
+def _witnessed(
+    model: nn.Module, point: Tensor, x: Tensor, y: Tensor, ball: Ball, method: str, seconds: float
+) -> Verdict | None:
+    """The verdict that confirms `point` as a witness, None where it is none."""
     try:
-        verdict = falsified(model, point, x, y, ball, method=method, seconds=row.seconds)
+        return falsified(model, point, x, y, ball, method=method, seconds=seconds)
     except SoundnessError:  # misclassified in its batch by a rounding error, and not alone
-        return row
-    return dataclasses.replace(
-        row,
-        status=verdict.status,
-        method=method,
-        attacked=True,
-        precision=verdict.precision,
-        **_distances(point, x),
-    )
+        return None
 
 
 def _verified(
     rows: list[Row], wrong: list[Row], model: nn.Module, x: Tensor, y: Tensor, ball: Ball, verifier: AnyVerifier
 ) -> list[Row]:
     """Rows after the verifier on the unknown ones; `wrong` are the rows of misclassified examples."""
-    rows, left = list(rows), _left(rows, x)
+    rows, left = list(rows), _with_status(rows, x, ("unknown",))
     verdicts = verifier(model, x[left], y[left], ball.select(left), index=_numbers(rows, left)) if len(left) else []
     for i, verdict in zip(left.tolist(), verdicts, strict=True):
         # Right in this batch, wrong in the verifier's: a margin of a rounding error. The verifier has the last word.
@@ -243,9 +267,9 @@ def _verified(
     return rows
 
 
-def _left(rows: Sequence[Row], x: Tensor) -> Tensor:
-    """Positions of the rows that are still unknown."""
-    return torch.tensor([i for i, row in enumerate(rows) if row.status == "unknown"], dtype=torch.long, device=x.device)
+def _with_status(rows: Sequence[Row], x: Tensor, statuses: Sequence[Status]) -> Tensor:
+    """Positions of the rows with one of these statuses, on the device of x."""
+    return torch.tensor([i for i, row in enumerate(rows) if row.status in statuses], dtype=torch.long, device=x.device)
 
 
 def _distances(witness: Tensor, x: Tensor) -> dict[str, Any]:

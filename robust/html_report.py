@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from robust.masking import Masking
 from robust.plots import class_name, margin_words, radius
 from robust.report import STATUSES, Rate, Rates, Report, Row, Summary
 
@@ -41,7 +42,12 @@ class Example:
     image: bytes
 
 
-def html_page(report: Report, pictures: Sequence[Picture] = (), examples: Sequence[Example] = ()) -> str:
+def html_page(
+    report: Report,
+    pictures: Sequence[Picture] = (),
+    examples: Sequence[Example] = (),
+    masking: Masking | None = None,
+) -> str:
     """The whole page as text."""
     summary = report.summary()
     title = f"{report.header.get('model', 'Model')} on {report.header.get('data', 'data')}"
@@ -53,6 +59,8 @@ def html_page(report: Report, pictures: Sequence[Picture] = (), examples: Sequen
         _examples(report, examples),
         _stage_table(summary),
         _undecided_table(report),
+        _attack_table(summary),
+        _masking_table(masking),
         _class_table(report, summary),
         _header_table(report.header),
     ]
@@ -238,6 +246,31 @@ def _undecided_table(report: Report) -> str:
     rest = f"<p>And {more} more, with bounds further from zero.</p>" if more else ""
     words = "<p>The nearest to a proof first: a margin above zero would certify.</p>"
     return f"<section><h2>What stayed unknown</h2>{words}{_table(heads, rows)}{rest}</section>"
+
+
+def _attack_table(summary: Summary) -> str:
+    if len(summary.attacks) < 2:
+        return ""
+    rows = [(_code(name), str(a.tried), str(a.fooled)) for name, a in summary.attacks.items()]
+    return f"<section><h2>What each attack found</h2>{_table(('attack', 'tried on', 'fooled'), rows)}</section>"
+
+
+def _masking_table(masking: Masking | None) -> str:
+    if masking is None:
+        return ""
+    flags = ", ".join(masking.flags)
+    verdict = f"Flags: <strong>{_text(flags)}</strong>." if flags else "No check raised a flag."
+    rows = [
+        (_text(c.name), "-" if c.value is None else f"{c.value:.3g}", f"{c.limit:.3g}", "flag" if c.flagged else "")
+        for c in masking.checks
+    ]
+    words = "".join(f"<dt>{_text(c.name)}</dt><dd>{_text(c.words)}</dd>" for c in masking.checks if c.flagged)
+    table = _table(("check", "measured", "limit", ""), rows)
+    return (
+        f"<section><h2>Can the attacks be trusted?</h2><p>{verdict} {masking.examples} examples, "
+        f"{_text(NORM_WORDS.get(masking.norm, masking.norm))}, ε = {_text(radius(masking.eps))}.</p>{table}"
+        f"{f'<dl>{words}</dl>' if words else ''}</section>"
+    )
 
 
 def _class_table(report: Report, summary: Summary) -> str:

@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,7 @@ class Row:
         linf, l2: distance of the witness, in pixel units.
         precision: arithmetic of the verdict, such as "float32".
         domains: subproblems that branch and bound bounded; 0 where nothing branched.
+        attempts: whether each attack that was tried found a witness, by name, in the order in which they ran.
     """
 
     index: int
@@ -63,6 +65,7 @@ class Row:
     l2: float | None = None
     precision: str = ""
     domains: int = 0
+    attempts: dict[str, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -134,8 +137,16 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Attempts:
+    """What one attack achieved: examples it was tried on, and those for which it found a witness."""
+
+    tried: int
+    fooled: int
+
+
+@dataclass(frozen=True)
 class Summary:
-    """Rates of a report, over everything, per class and per deciding method."""
+    """Rates of a report, over everything, per class and per deciding method; and what each attack achieved."""
 
     examples: int
     rates: Rates
@@ -143,6 +154,7 @@ class Summary:
     seconds: float
     classes: dict[int, Rates]
     stages: dict[str, Stage]
+    attacks: dict[str, Attempts]
 
     def worst_class(self, rate: str) -> int:
         """Label of the class where the rate of this name is least (the first of several); ValueError without rows."""
@@ -157,6 +169,7 @@ class Summary:
             "seconds": self.seconds,
             "classes": {str(label): rates.facts() for label, rates in self.classes.items()},
             "stages": {method: dataclasses.asdict(stage) for method, stage in self.stages.items()},
+            "attacks": {name: dataclasses.asdict(attempts) for name, attempts in self.attacks.items()},
         }
 
     def csv(self) -> str:
@@ -250,6 +263,7 @@ class Report:
             seconds=math.fsum(row.seconds for row in self.rows),
             classes={label: rates([row for row in self.rows if row.label == label]) for label in labels},
             stages={method: _stage([row for row in self.rows if row.method == method]) for method in methods},
+            attacks=_attacks(self.rows),
         )
 
     def undecided(self) -> list[Row]:
@@ -295,6 +309,14 @@ def read_row(record: Mapping[str, Any]) -> Row:
     if unknown or lacking:
         raise ReportError(f"a row with unknown fields {unknown} and without {lacking}")
     return Row(**record)
+
+
+def _attacks(rows: Iterable[Row]) -> dict[str, Attempts]:
+    tried, fooled = Counter[str](), Counter[str]()
+    for row in rows:
+        tried.update(list(row.attempts))
+        fooled.update(name for name, found in row.attempts.items() if found)
+    return {name: Attempts(count, fooled[name]) for name, count in tried.items()}
 
 
 def _stage(rows: list[Row]) -> Stage:

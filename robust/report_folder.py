@@ -15,6 +15,7 @@ from robust.eps_curve import EpsCurve
 from robust.files import encode, read_json_lines, write_whole
 from robust.html_report import Example, Picture, html_page
 from robust.images import Images
+from robust.masking import Masking
 from robust.report import ROWS_FILE, Report
 
 
@@ -28,7 +29,8 @@ def write_report(
 ) -> Path:
     """Write summary.json, summary.csv, rows.csv, PNG pictures and report.html to `folder`; return the path of the page.
 
-    rows.jsonl is written, too, unless the evaluation has put it there. Every file is replaced whole.
+    rows.jsonl is written, too, unless the evaluation has put it there. Every file is replaced whole. The page shows
+    the checks for masked gradients where the folder holds their record (`robust masking`).
 
     Args:
         images: the split that the report's indices count, for the page of examples.
@@ -56,7 +58,7 @@ def write_report(
         plots.save(plots.examples(report, rows, x), folder / "examples.png")
         shown = [Example(row, plots.thumbnail(image)) for row, image in zip(rows, x, strict=True)]
     page = folder / "report.html"
-    write_whole(page, html_page(report, pictures, shown))
+    write_whole(page, html_page(report, pictures, shown, Masking.load(folder)))
     return page
 
 

@@ -1,5 +1,5 @@
 # Sourced by the other scripts: makes .venv with the suite installed, once.
-# A second run finds the stamp of setup.py and installs nothing.
+# A second run finds the stamp of setup.py and of this file, and installs nothing.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
@@ -14,9 +14,15 @@ if [ ! -x "$python" ]; then
     }
     "${PYTHON:-python3}" -m venv "$venv"
 fi
-wanted=$("$python" -c 'import hashlib; print(hashlib.sha256(open("setup.py", "rb").read()).hexdigest())')
+wanted=$("$python" -c 'import hashlib; print(hashlib.sha256(b"".join(open(f, "rb").read() for f in ("setup.py", "scripts/environment.sh"))).hexdigest())')
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing the suite into $venv (downloads PyTorch the first time) ..."
     "$python" -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+    # Packages that tests compare with or adapt. Without their dependencies: torchattacks pins a release of requests of
+    # 2021. Where one cannot be had, its tests are skipped.
+    for package in torchattacks==3.5.1 pyautoattack==0.2.0; do
+        "$python" -m pip install --quiet --disable-pip-version-check --no-deps "$package" ||
+            echo "note: $package could not be installed; the tests that need it are skipped (remove $stamp to try again)" >&2
+    done
     echo "$wanted" >"$stamp"
 fi

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from attacks.ascent import WORTH_DROPPING, Survivors, Task
 from attacks.attack import ATTACKS, noise_of, require_norm
-from attacks.gradient import Precision, differentiate, forward, measure
+from attacks.gradient import Precision, differentiate, measure, prepared
 from attacks.losses import LOSSES, Loss, misclassified, strongest_targets, targeted_dlr
 from attacks.mode import Mode, Model, attack_mode
 from attacks.noise import Generators, normal, uniform
 from attacks.region import Region, region_around
-from attacks.threat import Ball, LinfBall
+from attacks.threat import Ball, L1Ball, LinfBall
 
 # Published constants, see `climb`.
 MOMENTUM = 0.75
 RISES = 0.75
+
+# L1: multiples of eps, and the share of the steps spent in a ball of that radius; the rest is spent at eps.
+WIDER_BALLS = ((3, 0.3), (2, 0.3))
 
 
 @ATTACKS.register("apgd")
@@ -35,22 +38,27 @@ class APGD:
     Args:
         steps, restarts: length and number of the runs; later runs attack what the earlier ones left.
         loss: what is climbed.
+        wide_start: L1 only: spend 30 % of the steps in the ball of three times the radius and 30 % in that of twice
+            the radius, each run starting at the best point of the one before.
+        samples: gradients averaged at each step, for models with noise of their own.
         mode, precision, seed: see PGD.
 
-    Source: Croce and Hein (2020), algorithm 1.
+    Source: Croce and Hein (2020), algorithm 1; for L1 "Mind the box" (2021), algorithm 1.
     """
 
     steps: int = 100
     restarts: int = 1
     loss: Literal["cross_entropy", "margin", "dlr"] = "cross_entropy"
+    wide_start: bool = True
+    samples: int = 1
     mode: Mode = "eval"
     precision: Precision = "float32"
     seed: int = 0
 
-    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
 
     def __post_init__(self) -> None:
-        _check_counts(self.steps, self.restarts)
+        _check_counts(self.steps, self.restarts, self.samples)
 
     def __call__(
         self,
@@ -64,18 +72,17 @@ class APGD:
     ) -> Tensor:
         require_norm(self, ball)
         noise = noise_of(self.seed, x, generator, index)
+        run = Run(self.steps, self.wide_start, self.precision, self.samples)
         with attack_mode(model, self.mode):
-            with torch.no_grad():
-                fooled = misclassified(forward(model, x, self.precision), y)
+            model, clean = prepared(model, self.mode, x, self.precision)
+            fooled = misclassified(clean, y)
             survivors = Survivors(Task(x, (y,), ball), fooled)
             for restart in range(self.restarts):
                 rows = survivors.left()
                 if not len(rows):
                     break
                 task = survivors.task.select(rows)
-                start = start_on_border(task.x, task.ball, noise(rows, restart))
-                points, scores = climb(model, LOSSES[self.loss], task, start, self.steps, self.precision)
-                survivors.add(points, scores, rows)
+                survivors.add(*run(model, LOSSES[self.loss], task, noise(rows, restart)), rows)
             return survivors.points
 
 
@@ -90,7 +97,7 @@ class APGDT:
 
     Args:
         targets: number of targets, at most K - 1 are used.
-        steps, restarts, mode, precision, seed: see APGD.
+        steps, restarts, wide_start, samples, mode, precision, seed: see APGD.
 
     Source: Croce and Hein (2020).
     """
@@ -98,14 +105,16 @@ class APGDT:
     steps: int = 100
     targets: int = 9
     restarts: int = 1
+    wide_start: bool = True
+    samples: int = 1
     mode: Mode = "eval"
     precision: Precision = "float32"
     seed: int = 0
 
-    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
 
     def __post_init__(self) -> None:
-        _check_counts(self.steps, self.restarts)
+        _check_counts(self.steps, self.restarts, self.samples)
         if self.targets < 1:
             raise ValueError(f"expected targets >= 1, got {self.targets}")
 
@@ -121,9 +130,9 @@ class APGDT:
     ) -> Tensor:
         require_norm(self, ball)
         noise = noise_of(self.seed, x, generator, index)
+        run = Run(self.steps, self.wide_start, self.precision, self.samples)
         with attack_mode(model, self.mode):
-            with torch.no_grad():
-                clean = forward(model, x, self.precision)
+            model, clean = prepared(model, self.mode, x, self.precision)
             targets = strongest_targets(clean, y, self.targets)
             survivors = Survivors(Task(x, (y,), ball), misclassified(clean, y))
             for restart in range(self.restarts):
@@ -133,9 +142,34 @@ class APGDT:
                         return survivors.points
                     task = survivors.task.select(rows)
                     task = replace(task, labels=(task.labels[0], targets[rows, rank]))
-                    start = start_on_border(task.x, task.ball, noise(rows, restart, rank))
-                    survivors.add(*climb(model, targeted_dlr, task, start, self.steps, self.precision), rows)
+                    survivors.add(*run(model, targeted_dlr, task, noise(rows, restart, rank)), rows)
             return survivors.points
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of Auto-PGD from a random start; the fields are those of APGD."""
+
+    steps: int
+    wide_start: bool
+    precision: Precision
+    samples: int
+
+    def __call__(self, model: Model, loss: Loss, task: Task, generators: Generators) -> tuple[Tensor, Tensor]:
+        """Points and scores [B], see `climb`."""
+        how: dict[str, Any] = {"precision": self.precision, "samples": self.samples}
+        if not isinstance(task.ball, L1Ball):
+            start = start_on_border(task.x, task.ball, generators)
+            return climb(model, loss, task, start, self.steps, **how)
+        point = task.x + normal(task.x.shape, task.x, generators)
+        left = self.steps
+        for factor, share in WIDER_BALLS if self.wide_start else ():
+            steps = int(share * self.steps)
+            wide = replace(task, ball=task.ball.scaled(factor))
+            point = wide.ball.project(point, task.x)
+            point, _ = climb(model, loss, wide, point, steps, **how, warm=True, ends=False)
+            left -= steps
+        return climb(model, loss, task, task.ball.project(point, task.x), left, **how, warm=self.wide_start)
 
 
 def checkpoints(steps: int) -> list[int]:
@@ -153,32 +187,47 @@ def start_on_border(x: Tensor, ball: Ball, generators: Generators) -> Tensor:
     """Random start whose move has length eps before it is cut by the pixel range."""
     if isinstance(ball, LinfBall):
         noise = uniform(x.shape, x, generators).mul_(2).sub_(1)
-        length = noise.flatten(1).abs().amax(1)
     else:
         noise = normal(x.shape, x, generators)
-        length = noise.flatten(1).norm(dim=1)
+    length = ball.length(noise).to(x.dtype)
     # Divided by the length, not multiplied by its reciprocal: the longest pixel moves by eps exactly.
     noise /= length.clamp_(min=torch.finfo(x.dtype).tiny).view((-1,) + (1,) * (x.dim() - 1))
     return ball.project(x + ball.eps_of(x) * noise, x)
 
 
 def climb(
-    model: Model, loss: Loss, task: Task, start: Tensor, steps: int, precision: Precision = "float32"
+    model: Model,
+    loss: Loss,
+    task: Task,
+    start: Tensor,
+    steps: int,
+    precision: Precision = "float32",
+    samples: int = 1,
+    warm: bool = False,
+    ends: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """One run of Auto-PGD from feasible points; an example ends at its first misclassified point.
 
-    The step is 2 eps at first. At each checkpoint it is halved, and the climb goes on from the best point so far,
-    where the loss rose in at most 75 % of the steps since the last checkpoint, or where neither the best loss grew
-    nor the step was halved since then. The first rise is measured from the start, as in the paper. After a return to
-    the best point the momentum still refers to the point before the return, as in the authors' code.
+    Linf and L2: the step is 2 eps at first. At each checkpoint it is halved, and the climb goes on from the best point
+    so far, where the loss rose in at most 75 % of the steps since the last checkpoint, or where neither the best loss
+    grew nor the step was halved since then. The first rise is measured from the start, as in the paper. After a return
+    to the best point the momentum still refers to the point before the return, as in the authors' code.
+
+    L1: see `_SparseClimber`.
+
+    Args:
+        warm: L1 only: whether the start comes from an earlier run, whose sparsity it then inherits.
+        ends: whether a misclassified point ends an example; otherwise the point with the largest loss is kept.
 
     Returns:
         points and scores [B] as `ascent.ascend` does: the loss, infinite where fooled.
     """
-    state = _Climber.begin(model, loss, task, start, precision)
+    climber = _Climber.begin(model, loss, task, start, precision, samples, ends)
+    sparse = isinstance(task.ball, L1Ball)
+    state: _Climber | _SparseClimber = _SparseClimber.begin(climber, warm) if sparse else climber
+    marks = sparse_checkpoints(steps) if sparse else checkpoints(steps)
     results = Survivors(task)
     rows = torch.arange(len(task.x), device=task.x.device)
-    marks = checkpoints(steps)
     for step in range(1, steps + 1):
         done = state.fooled
         if int(done.sum()) > WORTH_DROPPING * len(done):
@@ -189,7 +238,7 @@ def climb(
             rows, state = rows[left], state.select(left)
         state.move(first=step == 1)
         # The gradient of the last point would serve no further step.
-        state.look(model, loss, precision, gradient=step < steps)
+        state.look(model, loss, precision, samples if step < steps else 0)
         if step in marks:
             state.judge(period=step - max([mark for mark in marks if mark < step], default=0))
     results.add(state.best_point, state.scores(), rows)
@@ -214,10 +263,20 @@ class _Climber:
     halved: Tensor  # whether the step was halved there
     rises: Tensor  # steps with a rising loss since then
     fooled: Tensor
+    ends: bool
 
     @classmethod
-    def begin(cls, model: Model, loss: Loss, task: Task, start: Tensor, precision: Precision) -> _Climber:
-        gradient, value, logits = differentiate(model, loss, start, task.labels, precision)
+    def begin(
+        cls,
+        model: Model,
+        loss: Loss,
+        task: Task,
+        start: Tensor,
+        precision: Precision,
+        samples: int = 1,
+        ends: bool = True,
+    ) -> _Climber:
+        gradient, value, logits = differentiate(model, loss, start, task.labels, precision, samples)
         return cls(
             task=task,
             region=region_around(task.x, task.ball),
@@ -232,11 +291,12 @@ class _Climber:
             mark_value=value,
             halved=torch.ones_like(value, dtype=torch.bool),
             rises=torch.zeros_like(value),
-            fooled=misclassified(logits, task.labels[0]),
+            fooled=misclassified(logits, task.labels[0]) & ends,
+            ends=ends,
         )
 
     def select(self, rows: Tensor) -> _Climber:
-        tensors = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, task=self.task.select(rows), region=self.region.select(rows), **tensors)
 
     def scores(self) -> Tensor:
@@ -249,15 +309,15 @@ class _Climber:
         blend = self.point + weight * (target - self.point) + (1 - weight) * (self.point - self.before)
         self.before, self.point = self.point, self.region.project_(blend)
 
-    def look(self, model: Model, loss: Loss, precision: Precision, gradient: bool) -> None:
-        """Loss, prediction and gradient at the new point; the best point follows."""
-        if gradient:
-            self.gradient, value, logits = differentiate(model, loss, self.point, self.task.labels, precision)
+    def look(self, model: Model, loss: Loss, precision: Precision, samples: int) -> None:
+        """Loss, prediction and gradient (for no samples: none) at the new point; the best point follows."""
+        if samples:
+            self.gradient, value, logits = differentiate(model, loss, self.point, self.task.labels, precision, samples)
         else:
             value, logits = measure(model, loss, self.point, self.task.labels, precision)
         self.rises = self.rises + (value > self.value)
         self.value = value
-        fooled = misclassified(logits, self.task.labels[0])
+        fooled = misclassified(logits, self.task.labels[0]) & self.ends
         # What was fooled keeps the point that fooled it; what is fooled now takes this one, whatever its loss.
         better = ((value > self.best_value) | fooled) & ~self.fooled
         self.best_point = _where(better, self.point, self.best_point)
@@ -272,14 +332,95 @@ class _Climber:
         self.mark_value = self.best_value
         self.rises = torch.zeros_like(self.rises)
         self.step = torch.where(self.halved, self.step / 2, self.step)
-        self.point = _where(self.halved, self.best_point, self.point)
-        self.gradient = _where(self.halved, self.best_gradient, self.gradient)
+        self.go_back(self.halved)
+
+    def go_back(self, rows: Tensor) -> None:
+        """Go on from the best point on these rows, bool [B]."""
+        self.point = _where(rows, self.best_point, self.point)
+        self.gradient = _where(rows, self.best_gradient, self.gradient)
+
+
+@dataclass
+class _SparseClimber:
+    """State of Auto-PGD for L1, around that of the other norms, whose step and counters it does not use.
+
+    A step moves the pixels with the largest gradients by equal amounts, without momentum, and the result is projected.
+    At each checkpoint the number of pixels in a step follows the number that the best point has moved, divided by 1.5.
+    Where that number fell by more than 5 % the step goes back to eps and the climb to the best point; elsewhere the
+    step is divided by 1.5, down to eps / 10.
+
+    Source: Croce and Hein, "Mind the box" (2021), algorithm 1, with the constants of the authors' code.
+    """
+
+    climber: _Climber
+    step: Tensor  # length of the step, pixel units, [B]
+    moved: Tensor  # pixels that the best point had moved at the last checkpoint, [B]
+    share: Tensor  # share of the pixels that a step moves, [B]
+
+    FIRST_SHARE: ClassVar[float] = 0.2
+    SHRINK: ClassVar[float] = 1.5
+    SHORTEST: ClassVar[float] = 0.1
+    SPARSER: ClassVar[float] = 0.95
+
+    @classmethod
+    def begin(cls, climber: _Climber, warm: bool) -> _SparseClimber:
+        eps, pixels = climber.task.ball.eps_of(climber.task.x).view(-1), climber.point[0:1].numel()
+        if not warm:
+            return cls(climber, eps, torch.full_like(eps, pixels), torch.full_like(eps, cls.FIRST_SHARE))
+        moved = _moved_pixels(climber.point, climber.task.x)
+        return cls(climber, eps, moved, moved / pixels / cls.SHRINK)
+
+    @property
+    def fooled(self) -> Tensor:
+        return self.climber.fooled
+
+    @property
+    def best_point(self) -> Tensor:
+        return self.climber.best_point
+
+    def select(self, rows: Tensor) -> _SparseClimber:
+        return _SparseClimber(self.climber.select(rows), self.step[rows], self.moved[rows], self.share[rows])
+
+    def scores(self) -> Tensor:
+        return self.climber.scores()
+
+    def move(self, first: bool) -> None:
+        """One step along the signs of the largest gradients."""
+        gradient = self.climber.gradient.flatten(1)
+        size = gradient.abs()
+        rank = ((1 - self.share) * size.shape[1]).clamp(0, size.shape[1] - 1).long()
+        least = size.sort(dim=1).values.gather(1, rank[:, None])
+        signs = gradient.sign() * (size >= least)
+        move = signs * (self.step[:, None] / signs.abs().sum(1, keepdim=True).clamp(min=1.0))
+        self.climber.point = self.climber.region.project_(self.climber.point + move.view_as(self.climber.point))
+
+    def look(self, model: Model, loss: Loss, precision: Precision, samples: int) -> None:
+        self.climber.look(model, loss, precision, samples)
+
+    def judge(self, period: int) -> None:
+        """Adapt step and sparsity; see the class."""
+        task = self.climber.task
+        eps, moved = task.ball.eps_of(task.x).view(-1), _moved_pixels(self.climber.best_point, task.x)
+        sparser = moved < self.SPARSER * self.moved
+        self.share = moved / task.x[0:1].numel() / self.SHRINK
+        self.step = torch.where(sparser, eps, (self.step / self.SHRINK).clamp(min=self.SHORTEST * eps))
+        self.moved = moved
+        self.climber.go_back(sparser)
+
+
+def sparse_checkpoints(steps: int) -> list[int]:
+    """Numbers of iterations after which an L1 run adapts: every 4 % of them."""
+    return list(range(max(int(0.04 * steps), 1), steps + 1, max(int(0.04 * steps), 1)))
+
+
+def _moved_pixels(point: Tensor, x: Tensor) -> Tensor:
+    return (point != x).flatten(1).sum(1).to(x)
 
 
 def _where(rows: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return torch.where(rows.view((-1,) + (1,) * (yes.dim() - 1)), yes, no)
 
 
-def _check_counts(steps: int, restarts: int) -> None:
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"expected steps >= 1 and restarts >= 1, got {steps} and {restarts}")
+def _check_counts(steps: int, restarts: int, samples: int) -> None:
+    if min(steps, restarts, samples) < 1:
+        raise ValueError(f"expected steps, restarts and samples >= 1, got {steps}, {restarts} and {samples}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from fractions import Fraction
 
@@ -11,14 +12,22 @@ from torch import nn
 
 from attacks import ATTACKS, Attack, as_torchattack, make_ball
 
+SHORT = {
+    "autoattack": "autoattack:steps=3,queries=8",
+    "carlini_wagner": "carlini_wagner:steps=6,searches=3",
+    "square": "square:queries=30",
+}
+
 
 def shortened(name: str) -> str:
     """The attack at its defaults, but for the length of its runs."""
-    return f"{name}:steps=12" if hasattr(ATTACKS[name], "steps") else name
+    return SHORT.get(name, f"{name}:steps=12" if hasattr(ATTACKS[name], "steps") else name)
 
 
+FOREIGN = ["torchattacks:name=MIFGSM"] if importlib.util.find_spec("torchattacks") else []
 ATTACK_TEXTS = [
-    *map(shortened, ATTACKS.names()),
+    *(shortened(name) for name in ATTACKS.names() if name != "torchattacks"),
+    *FOREIGN,
     "fgsm:start=uniform,step_size=1.25",
     "pgd:keep=last,decay=0.1,decay_at=0.5+0.8,unit=box",
     "pgd:keep=best,restarts=3,steps=5,start=gaussian,loss=kl",
@@ -27,6 +36,8 @@ ATTACK_TEXTS = [
     "margin_pgd:restarts=2,rows=8,steps=6",
     "apgd:loss=dlr,restarts=2,steps=12",
     "apgd_t:restarts=2,steps=12",
+    "apgd:wide_start=false,samples=2,steps=12",
+    "fab:targets=3,restarts=2,steps=6",
 ]
 CASES = [
     (text, norm)
@@ -212,12 +223,23 @@ def test_an_attack_serves_code_written_for_torchattacks(small_net, examples):
 
 def test_a_ball_that_an_attack_cannot_search_is_refused(small_net, examples):
     net, x, y = problem(small_net, examples)
-    with pytest.raises(ValueError, match="APGD has no steps for the norm l1; it knows: linf, l2"):
-        ATTACKS.parse("apgd")(net, x, y, make_ball("l1", 1.0))
+    with pytest.raises(ValueError, match="DeepFool has no steps for the norm l1; it knows: linf, l2"):
+        ATTACKS.parse("deepfool")(net, x, y, make_ball("l1", 1.0))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-@pytest.mark.parametrize("text", ["pgd:steps=4,step_size=0.5", "margin_pgd:steps=4", "apgd:steps=6", "apgd_t:steps=6"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pgd:steps=4,step_size=0.5",
+        "margin_pgd:steps=4",
+        "apgd:steps=6",
+        "apgd_t:steps=6",
+        "fab:steps=2",
+        "fab:steps=1,targets=2",
+        "square:queries=10",
+    ],
+)
 def test_more_restarts_never_fool_fewer_examples(text, norm, small_net, examples):
     attack = ATTACKS.parse(text)
     if norm not in attack.norms:

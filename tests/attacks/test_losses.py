@@ -51,7 +51,7 @@ def test_every_loss_is_positive_exactly_where_misclassified_and_has_a_finite_gra
 
 
 @pytest.mark.parametrize("loss", [losses.dlr, lambda z, y: losses.targeted_dlr(z, y, TARGET)])
-@pytest.mark.parametrize("classes", [2, 3, 4])
+@pytest.mark.parametrize("classes", [3, 4])
 def test_dlr_losses_do_not_see_shift_and_scale_of_the_logits(loss, classes):
     y = torch.tensor([1])
     torch.testing.assert_close(loss(Z[:, :classes], y), loss(100 * Z[:, :classes] - 7, y))
@@ -74,3 +74,9 @@ def test_the_divergence_has_no_slope_at_its_reference():
     z = Z.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(losses.kl_to_reference(z, ANSWER, Z).sum(), z)
     assert gradient.abs().max() < 1e-12
+
+
+def test_with_two_classes_the_dlr_losses_are_the_margin_because_in_units_of_their_gap_it_would_never_change():
+    logits, y = torch.tensor([[2.0, -1.0], [0.5, 0.0]]), torch.tensor([0, 1])
+    assert losses.dlr(logits, y).tolist() == [-3.0, 0.5]
+    assert losses.targeted_dlr(logits, y, 1 - y).tolist() == [-3.0, 0.5]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Literal
 
 import pytest
@@ -74,10 +74,12 @@ def test_defaults_are_left_out_of_the_text_and_fractions_may_be_typed():
 def probes(attack: type) -> list[object]:
     """The attack with its defaults, and with each number, string and flag changed."""
     changed = {int: [3], float: [1 / 3, 1e-9], str: [], bool: [True], tuple: [(0.25,), ()]}
-    made = [attack()]
+    needed = {field.name: "a name" for field in fields(attack) if field.default is MISSING}
+    made = [attack(**needed)]
     for field in fields(attack):
-        for value in changed.get(type(field.default), []):
-            made.append(attack(**{field.name: value}))
+        words = [("a", "b=2"), ()] if field.type == "tuple[str, ...]" else None
+        for value in words or changed.get(type(field.default), []):
+            made.append(attack(**needed, **{field.name: value}))
     return made
 
 

@@ -110,6 +110,14 @@ def test_train_certify_report_and_attack_on_digits(robust: Cli, tmp_path: Path) 
     assert header["attack"] == "pgd:steps=5" and header["verifier"] is None
 
 
+def test_masked_gradients_are_looked_for_and_the_report_shows_what_was_found(robust: Cli, checkpoint: Path) -> None:
+    out = checkpoint.parent / "attack"
+    code, text, _ = robust("masking", checkpoint, "--limit", 10)
+    assert code == 0 and "flags: " in text and (out / "masking.json").exists()
+    code, text, _ = robust("attack", checkpoint, "--attack", "pgd:steps=2", "--limit", 10, "--no-curve", "--quiet")
+    assert code == 0 and "Can the attacks be trusted?" in (out / "report.html").read_text()
+
+
 def test_a_report_is_drawn_again_in_full_also_from_another_folder(
     robust: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

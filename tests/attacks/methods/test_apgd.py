@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from attacks.ascent import Task
+from attacks.attack import ATTACKS
 from attacks.losses import LOSSES, cross_entropy, dlr
-from attacks.methods.apgd import APGD, APGDT, _Climber, checkpoints, climb, start_on_border
+from attacks.methods.apgd import APGD, APGDT, _Climber, _SparseClimber, checkpoints, climb, start_on_border
 from attacks.noise import streams
-from attacks.threat import L2Ball, LinfBall
+from attacks.threat import L1Ball, L2Ball, LinfBall
 
 
 def test_the_step_is_judged_after_the_published_iterations():
@@ -118,3 +119,46 @@ def test_the_restart_from_the_best_point_never_loses_it(loss, small_net, example
     held = scores.isfinite()
     torch.testing.assert_close(LOSSES[loss](net(points), y)[held], scores[held], atol=1e-5, rtol=1e-5)
     assert (net(points).argmax(1) != y)[~held].all()
+
+
+def radii_of_calls(text: str, small_net, examples) -> list[float]:
+    """Largest L1 distance from the clean points in each pass of an attack with radius 1."""
+    net, x = small_net(), examples(4)
+    ball, lengths = L1Ball(1.0), []
+    clean = net(x).argmax(1)
+
+    def model(points):
+        if len(points) == len(x):
+            lengths.append(ball.length(points - x).max().item())
+        return torch.nn.functional.one_hot(clean, 4)[: len(points)] + 1e-3 * net(points)  # never fooled
+
+    points = ATTACKS.parse(text)(model, x, clean, ball)
+    assert ball.contains(points, x).all()
+    return lengths
+
+
+def test_l1_runs_in_wider_balls_first_and_ends_inside(small_net, examples):
+    lengths = radii_of_calls("apgd:steps=10", small_net, examples)
+    # A clean pass; then start and 3 steps at 3 eps, start and 3 steps at 2 eps, start and 4 steps at eps.
+    assert len(lengths) == 1 + 4 + 4 + 5 and lengths[0] == 0
+    assert 2 < max(lengths[1:5]) <= 3 and 1 < max(lengths[5:9]) <= 2 and max(lengths[9:]) <= 1
+    assert max(radii_of_calls("apgd:steps=10,wide_start=false", small_net, examples)) <= 1
+
+
+def test_an_l1_step_that_lost_pixels_starts_again_from_the_best_point(examples):
+    x = examples(2)
+    task = Task(x, (torch.zeros(2, dtype=torch.long),), L1Ball(1.0))
+    inner = _Climber.begin(lambda x: x.flatten(1), cross_entropy, task, x.clone(), "float32")
+    state = _SparseClimber.begin(inner, warm=False)
+    assert state.share.tolist() == pytest.approx([0.2, 0.2]) and state.moved.tolist() == [12, 12]
+    best = x.clone()
+    best[0, 0, 1], best[1] = 0.5, 0.5  # moves two pixels of the first example, all twelve of the second
+    inner.best_point, inner.point = best, x.clone()
+    state.step = torch.tensor([0.5, 0.5])
+    state.judge(period=4)
+    torch.testing.assert_close(state.share, torch.tensor([2 / 12, 12 / 12]) / 1.5)
+    torch.testing.assert_close(state.step, torch.tensor([1.0, 0.5 / 1.5]))
+    assert torch.equal(inner.point[0], best[0]) and torch.equal(inner.point[1], x[1])
+    state.step = torch.tensor([0.1, 0.1])
+    state.judge(period=4)
+    torch.testing.assert_close(state.step, torch.tensor([0.1, 0.1]))

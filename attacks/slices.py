@@ -1,0 +1,41 @@
+"""Passes of a large batch through a model in the form that suits a processor best.
+
+The attacks of an evaluation keep hundreds of examples in flight. On a CPU two things make their passes faster and
+change results by rounding only: slices of some ten examples, whose activations stay in the cache, and images whose
+channels lie side by side in memory, which saves convolutions the rearranging.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attacks.mode import Model
+
+SLICE = 32
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """A model whose passes take about `rows` examples at a time.
+
+    Args:
+        channels_last: whether images [B, C, H, W] are handed over with their channels side by side in memory.
+    """
+
+    model: Model
+    channels_last: bool
+    rows: int = SLICE
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([self.model(part) for (part,) in self.parts(x)])
+
+    def parts(self, x: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+        """The batches [B, ...] cut alike into slices of nearly equal size, at least one."""
+        count = max(round(len(x) / self.rows), 1)
+        images = x.tensor_split(count)
+        if self.channels_last and x.dim() == 4:
+            images = tuple(part.contiguous(memory_format=torch.channels_last) for part in images)
+        return list(zip(images, *(other.tensor_split(count) for other in others), strict=True))
