@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from attacks.attack import Attack
 from attacks.threat import Ball
+from certify.bounds.crown import Boxes
 from certify.graph import CaptureError, Snapshot, capture
+from certify.op import Activation, Box
 from certify.precision import ALLOWANCES, Precision, exact_arithmetic, proves, rounding_size
 from certify.region import Region
 from certify.spec import margin_spec
@@ -30,10 +32,12 @@ class Request(NamedTuple):
     Attributes:
         wanted: rows that count, bool `[B, R]`; the others are padding and repeat a row that counts.
         enough: whether lower bounds and their scale, each `[B, R]`, prove all rows that count, or the time is up.
+        keep: takes bounds of the hidden neurons that later methods may begin with.
     """
 
     wanted: Tensor
     enough: Callable[[Tensor, Tensor], bool]
+    keep: Callable[[Boxes], None] = lambda boxes: None
 
 
 BoundMethod = Callable[[Snapshot, Region, Request], tuple[Tensor, Tensor]]
@@ -43,6 +47,42 @@ Arithmetic = Callable[[Snapshot, Region], Tensor]
 """(network that ends in its specification, region) -> what a bound's rounding can do to each row, `[B, R]`."""
 
 
+class Problem(NamedTuple):
+    """What is left to decide of one example.
+
+    Attributes:
+        snapshot: network that ends in the open margins; region: of the example, a batch of one.
+        size: rounding size of the margins, `[R]`.
+        known: best lower bounds so far, float64 `[R]` on the CPU.
+        boxes: bounds of the hidden neurons, if a stage before kept them.
+        deadline: reading of time.perf_counter() after which nothing new is begun.
+    """
+
+    snapshot: Snapshot
+    region: Region
+    size: Tensor
+    known: Tensor
+    boxes: Boxes | None
+    deadline: float
+
+
+class Finding(NamedTuple):
+    """The answer to a Problem.
+
+    Attributes:
+        low: lower bounds of the margins, float64 `[R]` on the CPU; proven: which are proven positive, bool `[R]`.
+        witness: a point `[*shape]` that may be misclassified.
+        domains: subproblems that were bounded.
+        doubtful: whether rounding alone kept a margin from being decided.
+    """
+
+    low: Tensor
+    proven: Tensor
+    witness: Tensor | None
+    domains: int
+    doubtful: bool
+
+
 @dataclass
 class Case:
     """What is known about one example.
@@ -50,12 +90,16 @@ class Case:
     Attributes:
         best: best lower bound of each margin, float64 `[K - 1]`, targets ascending; -inf where there is none.
         proven: targets that are shown to be out of reach, bool `[K - 1]`.
+        domains: subproblems bounded so far.
+        boxes: bounds of the hidden neurons, in the precision of the examples.
     """
 
     best: Tensor
     proven: Tensor
     seconds: float = 0.0
     precision: Precision = "float32"
+    domains: int = 0
+    boxes: Boxes | None = None
     verdict: Verdict | None = None
 
 
@@ -125,20 +169,83 @@ class Docket:
                 if suspected:
                     self._falsify(i, point, method)
 
+    def splits(self) -> bool:
+        """Whether the network's nonlinear ops are elementwise activations, as branch and bound needs."""
+        network = self._networks.get(self.x.dtype)
+        return network is None or all(n.op.is_linear or isinstance(n.op, Activation) for n in network.nodes[1:])
+
+    def decide(self, method: str, decider: Callable[[Problem], Finding]) -> None:
+        """Let a complete method decide the open examples, one by one.
+
+        What float32 leaves in doubt is decided again in float64, as far as the example's time allows.
+        """
+        for i in self.open():
+            case = self.cases[i]
+            for dtype in dict.fromkeys((self.x.dtype, torch.float64)):
+                if self._network(dtype) is None or case.seconds >= self.timeout:
+                    break
+                targets = (~case.proven).nonzero().flatten()
+                with self._timed([i]), exact_arithmetic(), torch.no_grad():
+                    found = decider(self._problem(i, targets, dtype))
+                case.domains += found.domains
+                case.best[targets] = torch.where(found.proven, found.low, torch.maximum(case.best[targets], found.low))
+                case.proven[targets] |= found.proven
+                if dtype is not self.x.dtype:
+                    case.precision = "float64"
+                if found.witness is not None:
+                    self._falsify(i, found.witness, method)
+                if case.verdict is not None or not found.doubtful:
+                    break
+            if case.verdict is None and bool(case.proven.all()):
+                case.verdict = Verdict(
+                    "certified",
+                    float(case.best.min()),
+                    method,
+                    case.seconds,
+                    precision=case.precision,
+                    domains=case.domains,
+                )
+
+    def _problem(self, i: int, targets: Tensor, dtype: torch.dtype) -> Problem:
+        case, (x, y, ball), network = self.cases[i], self._select([i]), self._network(dtype)
+        assert network is not None
+        spec = margin_spec(y, self.classes, dtype)[:, targets.to(x.device)]
+        snapshot, region = network.with_spec(spec), Region.around(x.to(dtype), ball)
+        deadline = time.perf_counter() + self.timeout - case.seconds
+        boxes = case.boxes if dtype is x.dtype else None
+        return Problem(snapshot, region, rounding_size(snapshot, region)[0], case.best[targets], boxes, deadline)
+
     def verdicts(self, method: str) -> list[Verdict]:
         """Verdicts in order; whoever is still open is unknown, by `method`."""
         return [
-            case.verdict or Verdict("unknown", float(case.best.min()), method, case.seconds, precision=case.precision)
+            case.verdict
+            or Verdict(
+                "unknown",
+                float(case.best.min()),
+                method,
+                case.seconds,
+                precision=case.precision,
+                domains=case.domains,
+            )
             for case in self.cases
         ]
 
     def _falsify(self, i: int, point: Tensor, method: str) -> None:
         case, (x, y, ball) = self.cases[i], self._select([i])
+        point = ball.project(point.to(x).unsqueeze(0), x)[0]
         # Among its batch a point may look misclassified by a rounding error; alone it must be.
         if refutes(self.model, point, x[0], y[0], ball):
             margin = float(case.best.min())
             case.verdict = falsified(
-                self.model, point, x[0], y[0], ball, method=method, seconds=case.seconds, margin_lb=margin
+                self.model,
+                point,
+                x[0],
+                y[0],
+                ball,
+                method=method,
+                seconds=case.seconds,
+                margin_lb=margin,
+                domains=case.domains,
             )
 
     def _prove(self, index: list[int], bound: BoundMethod, arithmetic: Arithmetic) -> None:
@@ -181,7 +288,14 @@ class Docket:
         def enough(low: Tensor, scale: Tensor) -> bool:
             return time.perf_counter() >= deadline or bool((proves(low, scale, size) | ~counts).all())
 
-        low, scale = bound(snapshot, region, Request(counts, enough))
+        def keep(boxes: Boxes) -> None:
+            if dtype is self.x.dtype:
+                for place, i in enumerate(index):
+                    self.cases[i].boxes = {
+                        node: Box(box.lb[place : place + 1], box.ub[place : place + 1]) for node, box in boxes.items()
+                    }
+
+        low, scale = bound(snapshot, region, Request(counts, enough, keep))
         proven = (proves(low, scale, size) & counts).cpu()
         values = torch.where(low.isnan() | ~counts, -math.inf, low.double()).cpu()
         full = torch.full(asked.shape, -math.inf, dtype=torch.float64).scatter_reduce(1, targets, values, "amax")

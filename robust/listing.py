@@ -9,6 +9,7 @@ from typing import Any
 
 from attacks.attack import ATTACKS
 from attacks.registry import Registry
+from certify.bab.branching import BRANCHINGS
 from certify.verifier import VERIFIERS
 from robust.dataset import DATASETS
 from robust.hook import HOOKS
@@ -29,6 +30,7 @@ KINDS: dict[str, Registry] = {
     "objectives": OBJECTIVES,
     "attacks": ATTACKS,
     "verifiers": VERIFIERS,
+    "branchings": BRANCHINGS,
     "regularizers": REGULARIZERS,
     "weightings": WEIGHTINGS,
     "weight_perturbations": WEIGHT_PERTURBATIONS,

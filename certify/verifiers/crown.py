@@ -48,7 +48,9 @@ class CROWN:
 
 def bound(snapshot: Snapshot, region: Region, request: Request) -> tuple[Tensor, Tensor]:
     """The better of both choices of lower lines on CROWN's boxes."""
-    return best_slopes(snapshot, region, intermediate_boxes(snapshot, region))
+    boxes = intermediate_boxes(snapshot, region)
+    request.keep(boxes)
+    return best_slopes(snapshot, region, boxes)
 
 
 def best_slopes(snapshot: Snapshot, region: Region, boxes: Boxes) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,312 @@
+"""The core of a network on a region: the affine maps between its unstable neurons, everything else folded away.
+
+On one region most neurons are stable. What stands between the unstable ones is affine, whatever layers it is made of,
+so branch and bound needs neither convolutions nor a graph: a bound of many domains is one product with a matrix per
+layer of unstable neurons. Convolutional nets give matrices that are mostly zero; those are stored sparse.
+
+Shape letters of this package: D domains (columns), N unstable neurons in topological order, M inputs, R rows of the
+specification. Tensors are feature-major, `[N, D]`: a layer is a contiguous block, and sparse products want it so.
+The input is written `center + radius * u`; for an l_inf ball, u is any point of [-1, 1]^M.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from certify.bounds.crown import ROW_BUDGET, Boxes
+from certify.graph import Snapshot
+from certify.op import Activation, Box, Lines, UnsupportedOp
+from certify.ops.affine import Linear
+from certify.ops.relu import ReLU
+from certify.region import Region
+
+SPARSE_BELOW = 0.15
+"""Share of non-zeros below which a sparse product is the faster one (scripts/bench/RESULTS.md)."""
+
+
+class Matrix:
+    """A constant matrix and its products from both sides, sparse where that is faster."""
+
+    def __init__(self, dense: Tensor) -> None:
+        self.shape = dense.shape
+        self.whole = dense
+        self._dense: Tensor | None = dense
+        filled = int(torch.count_nonzero(dense))
+        if filled < SPARSE_BELOW * dense.numel() and dense.numel() > 2**16:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # "beta state"
+                self._rows, self._columns = dense.to_sparse_csr(), dense.T.contiguous().to_sparse_csr()
+            self._dense = None
+
+    def times(self, v: Tensor) -> Tensor:
+        """`W v`, `[m, D]` for `v` `[n, D]`."""
+        return self._rows @ v if self._dense is None else self._dense @ v
+
+    def transposed_times(self, p: Tensor) -> Tensor:
+        """`W^T p`, `[n, D]` for `p` `[m, D]`."""
+        return self._columns @ p if self._dense is None else self._dense.T @ p
+
+    def top(self, rows: int) -> Matrix:
+        """The first rows; they share the memory of a dense matrix."""
+        return self if rows == self.shape[0] else Matrix(self.whole[:rows])
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A function `x . u + a . (values after activation) + constant`: `[M, 1]`, `[N, 1]`, `[1]`."""
+
+    x: Tensor
+    a: Tensor
+    constant: Tensor
+
+    def __call__(self, u: Tensor, a: Tensor) -> Tensor:
+        """Values `[D]` at `u` `[M, D]` and `a` `[N, D]`."""
+        return (self.x.T @ u)[0] + (self.a.T @ a)[0] + self.constant
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The unstable neurons of one activation.
+
+    Attributes:
+        place: node of the activation in the snapshot; op: the activation.
+        index: flat numbers of the neurons, `[n]`.
+        part: their rows among all N neurons; reads: those of the neurons before them that they depend on.
+        weight: `[n, size of reads]`, of the values after activation.
+    """
+
+    place: int
+    op: Activation
+    index: Tensor
+    part: slice
+    reads: slice
+    weight: Matrix
+
+
+@dataclass(frozen=True)
+class Core:
+    """See the module's docstring. One example. Before activation, z = input_weight u + weight a + bias, layer by layer.
+
+    Attributes:
+        region: of the input.
+        input_weight: `[n, M]` of the first n neurons, which alone read the input itself; bias: `[N, 1]`.
+        lb, ub: bounds of z, `[N, 1]`.
+        slope: slope of each neuron where its input is negative (0 for ReLU), `[N, 1]`.
+        fixed: lines of the neurons that are no (leaky) ReLUs and cannot be split, each `[N, 1]`; None where all can.
+        splittable: bool `[N, 1]`.
+        outputs: the rows of the specification.
+    """
+
+    region: Region
+    layers: tuple[Layer, ...]
+    input_weight: Matrix
+    bias: Tensor
+    lb: Tensor
+    ub: Tensor
+    slope: Tensor
+    fixed: Lines | None
+    splittable: Tensor
+    outputs: tuple[Affine, ...]
+
+    def __len__(self) -> int:
+        return len(self.lb)
+
+    @cached_property
+    def prefixes(self) -> tuple[Core, ...]:
+        """Cores of the first 1, 2, ... layers, without outputs."""
+        return tuple(self._prefix(count) for count in range(1, len(self.layers) + 1))
+
+    def _prefix(self, count: int) -> Core:
+        end = self.layers[count - 1].part.stop
+        fixed = None if self.fixed is None else Lines(*(t[:end] for t in self.fixed if t is not None))
+        return replace(
+            self,
+            layers=self.layers[:count],
+            input_weight=self.input_weight.top(min(end, self.input_weight.shape[0])),
+            fixed=fixed,
+            outputs=(),
+            **{name: getattr(self, name)[:end] for name in ("bias", "lb", "ub", "slope", "splittable")},
+        )
+
+    def evaluate(self, u: Tensor) -> Tensor:
+        """The network itself: values after activation `[N, D]` at `u` `[M, D]`."""
+        values = self.bias.repeat(1, u.shape[1])
+        values[: self.input_weight.shape[0]] += self.input_weight.times(u)
+        for layer in self.layers:
+            z = values[layer.part] + layer.weight.times(values[layer.reads])
+            values[layer.part] = layer.op.forward(z)
+        return values
+
+    def pixels(self, u: Tensor) -> Tensor:
+        """The input `[D, *shape]` that `u` `[M, D]` stands for."""
+        center, radius = self.region.center, self.region.radius
+        return center + radius * u.T.reshape(-1, *center.shape[1:])
+
+
+def core_of(snapshot: Snapshot, region: Region, boxes: Boxes) -> Core:
+    """The core of a network that ends in its specification.
+
+    Args:
+        snapshot: ends in rows for one example.
+        region: of that example.
+        boxes: bounds of every node that a nonlinear op reads.
+
+    Raises:
+        UnsupportedOp: a nonlinear op that is no function of single numbers.
+    """
+    builder = _Builder(snapshot, region, boxes)
+    for place, node in enumerate(snapshot.nodes[1:], 1):
+        if isinstance(node.op, Activation):
+            builder.add(place)
+        elif not node.op.is_linear:
+            raise UnsupportedOp(
+                f"node {node.name!r}: branch and bound splits elementwise activations; "
+                f"it has no rule for {type(node.op).__name__}"
+            )
+    return builder.core()
+
+
+class _Builder:
+    def __init__(self, snapshot: Snapshot, region: Region, boxes: Boxes) -> None:
+        self.snapshot, self.region, self.boxes = snapshot, region, boxes
+        self.inputs = region.center[0].numel()
+        self.layers: dict[int, Layer] = {}
+        self.through: dict[int, Tensor] = {}
+        """Slope of the stable neurons of an activation, 0 at the unstable ones; `[*shape]`."""
+        self.input_weights: list[Tensor] = []
+        self.biases: list[Tensor] = []
+        self.count = 0
+
+    def add(self, place: int) -> None:
+        node = self.snapshot.nodes[place]
+        assert isinstance(node.op, Activation)
+        (source,) = node.inputs
+        box = Box(self.boxes[source].lb, self.boxes[source].ub)
+        kept = node.op.loose(box)[0]
+        slopes = node.op.lines(box).lower_slope[0]
+        if not isinstance(node.op, ReLU):
+            # What is stable here has a point for a box; its line is the constant through it.
+            kept = torch.ones_like(kept)
+        elif isinstance(self.snapshot.nodes[source].op, Linear):
+            active = box.lb[0] >= 0
+            if int(active.sum()) < self.loose_after(place):
+                # To fold these few away would give every neuron behind them a dense row of inputs of its own.
+                kept = kept | active
+        index = kept.flatten().nonzero().flatten()
+        self.through[place] = torch.where(kept, torch.zeros_like(slopes), slopes)
+        weight, bias = self.rows(source, index)
+        part = slice(self.count, self.count + len(index))
+        hidden = weight[:, self.inputs :]
+        read = hidden.count_nonzero(0).nonzero().flatten()
+        reads = slice(int(read[0]), int(read[-1]) + 1) if len(read) else slice(0, 0)
+        self.layers[place] = Layer(place, node.op, index, part, reads, Matrix(hidden[:, reads].contiguous()))
+        self.input_weights.append(weight[:, : self.inputs])
+        self.biases.append(bias)
+        self.count += len(index)
+
+    def loose_after(self, place: int) -> int:
+        """Unstable neurons of the activations behind a node."""
+        count = 0
+        for node in self.snapshot.nodes[place + 1 :]:
+            if isinstance(node.op, Activation):
+                box = self.boxes[node.inputs[0]]
+                count += int(node.op.loose(Box(box.lb, box.ub)).sum())
+        return count
+
+    def rows(self, start: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(weight `[n, M + N so far]`, bias `[n, 1]`) of neurons of a node."""
+        shape = self.snapshot.nodes[start].shape
+        width = math.prod(shape)
+        widest = max(math.prod(node.shape) for node in self.snapshot.nodes[: start + 1])
+        step = max(1, ROW_BUDGET // (2 * widest))
+        weights, biases = [], []
+        for some in index.split(step):
+            A = torch.zeros(len(some), 1, width, dtype=self.region.center.dtype, device=index.device)
+            A[:, 0].scatter_(1, some.unsqueeze(1), 1.0)
+            weight, bias = self.walk(start, A.view(len(some), 1, *shape))
+            weights.append(weight)
+            biases.append(bias)
+        if not weights:
+            empty = self.region.center.new_zeros((0, self.inputs + self.count))
+            return empty, empty[:, :1]
+        return torch.cat(weights), torch.cat(biases)
+
+    def walk(self, start: int, A: Tensor) -> tuple[Tensor, Tensor]:
+        """Follow rows `A` `[n, 1, *shape of start]` back to the input, stopping at unstable neurons."""
+        rows = len(A)
+        weight = A.new_zeros((rows, self.inputs + self.count))
+        constant = A.new_zeros((rows, 1))
+        pending = {start: A}
+        for place in range(start, 0, -1):
+            if place not in pending:
+                continue
+            node, coefficients = self.snapshot.nodes[place], pending.pop(place)
+            if place in self.layers:
+                layer = self.layers[place]
+                columns = slice(self.inputs + layer.part.start, self.inputs + layer.part.stop)
+                weight[:, columns] = coefficients.flatten(1)[:, layer.index]
+                sources = [coefficients * self.through[place]]
+            else:
+                sources, added = node.op.backward(coefficients, [None] * len(node.inputs))
+                constant = constant + added
+            for i, source in zip(node.inputs, sources, strict=True):
+                pending[i] = pending[i] + source if i in pending else source
+        weight[:, : self.inputs] = pending[0].flatten(1) if 0 in pending else 0.0
+        return weight, constant
+
+    def core(self) -> Core:
+        last = len(self.snapshot.nodes) - 1
+        (rows,) = self.snapshot.nodes[last].shape
+        weight, bias = self.rows(last, torch.arange(rows, device=self.region.center.device))
+        outputs = [
+            Affine(w[: self.inputs].unsqueeze(1), w[self.inputs :].unsqueeze(1), c)
+            for w, c in zip(*self.unit_input(weight, bias), strict=True)
+        ]
+        layers = tuple(self.layers.values())
+        ends = [self.ends(layer) for layer in layers]
+        lb, ub, slope, splittable = (self.column([e[i] for e in ends]) for i in range(4))
+        splittable = splittable.bool()
+        fixed = None
+        if not bool(splittable.all()):
+            lines = [self.lines(layer) for layer in layers]
+            fixed = Lines(*(self.column([some[i] for some in lines]) for i in range(4)))
+        empty = self.region.center.new_zeros((0, self.inputs))
+        input_weight, input_bias = self.unit_input(
+            torch.cat([*self.input_weights, empty]), torch.cat([*self.biases, empty[:, :1]])
+        )
+        reading = input_weight.count_nonzero(1).nonzero().flatten()
+        input_weight = input_weight[: int(reading[-1]) + 1 if len(reading) else 0]
+        return Core(
+            self.region, layers, Matrix(input_weight), input_bias, lb, ub, slope, fixed, splittable, tuple(outputs)
+        )
+
+    def unit_input(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """(weight, bias) that read u where the given ones read the input in their first columns."""
+        center, radius = self.region.center.flatten(), self.region.radius.flatten()
+        inner = weight[:, : self.inputs]
+        # Summed in float64: the centre's share is a constant of the network, and rounding it once is enough.
+        moved = (inner.double() @ center.double()).unsqueeze(1) + bias.double()
+        return torch.cat([inner * radius, weight[:, self.inputs :]], 1), moved.to(bias.dtype)
+
+    def column(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat([*parts, self.region.center.new_zeros(0)]).unsqueeze(1)
+
+    def ends(self, layer: Layer) -> tuple[Tensor, ...]:
+        """(lb, ub, slope, splittable) of a layer's neurons, `[n]` each."""
+        box = self.boxes[self.snapshot.nodes[layer.place].inputs[0]]
+        lb, ub = box.lb.flatten()[layer.index], box.ub.flatten()[layer.index]
+        relu = isinstance(layer.op, ReLU)
+        slope = layer.op.negative_slope if isinstance(layer.op, ReLU) else 0.0
+        return lb, ub, torch.full_like(lb, slope), torch.full_like(lb, float(relu))
+
+    def lines(self, layer: Layer) -> list[Tensor]:
+        box = self.boxes[self.snapshot.nodes[layer.place].inputs[0]]
+        lines = layer.op.lines(Box(box.lb, box.ub))
+        filled = [torch.zeros_like(box.lb) if line is None else line for line in lines]
+        return [line.flatten()[layer.index] for line in filled]

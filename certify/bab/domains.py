@@ -1,0 +1,89 @@
+"""Subproblems of branch and bound, as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from certify.bab.ascent import Outcome, Point, Relaxation, Task, ascend
+from certify.bab.core import Affine, Core
+
+
+@dataclass(frozen=True)
+class Domains:
+    """D domains of one property and what their bounds were computed with.
+
+    Attributes:
+        lb, ub: boxes of the unstable neurons, `[N, D]`.
+        sign: +1 where z >= 0 was split off, -1 where z <= 0, else 0; `[N, D]`.
+        low: bound of the property, `[D]`; scale: sizes of its terms.
+        alpha, beta: dual variables of that bound, `[N, D]`.
+        A, z: its coefficients after activation, and its relaxed values before; `[N, D]`.
+    """
+
+    lb: Tensor
+    ub: Tensor
+    sign: Tensor
+    low: Tensor
+    scale: Tensor
+    alpha: Tensor
+    beta: Tensor
+    A: Tensor
+    z: Tensor
+
+    def __len__(self) -> int:
+        return len(self.low)
+
+    def __getitem__(self, columns: Tensor | slice) -> Domains:
+        return Domains(*(getattr(self, f.name)[..., columns] for f in fields(self)))
+
+    @staticmethod
+    def join(parts: Sequence[Domains]) -> Domains:
+        """All columns side by side."""
+        if len(parts) == 1:
+            return parts[0]
+        return Domains(*(torch.cat([getattr(p, f.name) for p in parts], -1) for f in fields(Domains)))
+
+    def relaxation(self, core: Core) -> Relaxation:
+        """Lines on their boxes."""
+        return Relaxation.on(core, self.lb, self.ub)
+
+    def halves(self, neurons: Tensor) -> Domains:
+        """Both children of every domain, z >= 0 first: `[N, 2 D]`. Bounds and dual variables are the parents'."""
+        count = len(self)
+        twice = Domains(*(torch.cat([getattr(self, f.name)] * 2, -1) for f in fields(self)))
+        column = torch.arange(count, device=neurons.device)
+        for side, some in ((1.0, column), (-1.0, column + count)):
+            twice.sign[neurons, some] = side
+            ends = twice.lb if side > 0 else twice.ub
+            ends[neurons, some] = 0.0
+        return twice
+
+
+def bounded(core: Core, domains: Domains, output: Affine, iterations: int, enough: float) -> tuple[Domains, Outcome]:
+    """The domains with their bounds raised by an ascent that starts at their dual variables.
+
+    Args:
+        output: the property.
+        enough: a domain whose bound exceeds this is finished.
+    """
+    task = Task(output, sign=domains.sign)
+    found = ascend(core, domains.relaxation(core), task, Point(domains.alpha, domains.beta), iterations, enough=enough)
+    assert found.point.beta is not None
+    better = found.low >= domains.low
+    pick = lambda new, old: torch.where(better, new, old)  # noqa: E731
+    result = Domains(
+        domains.lb,
+        domains.ub,
+        domains.sign,
+        pick(found.low, domains.low),
+        pick(found.scale, domains.scale),
+        found.point.alpha,
+        found.point.beta,
+        found.A,
+        found.z,
+    )
+    return result, found

@@ -1,0 +1,1 @@
+"""Branching rules of branch and bound, one a file."""
