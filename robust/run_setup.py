@@ -59,14 +59,17 @@ def check_texts(settings: Settings) -> None:
         (HOOKS, settings.hooks),
     ):
         for text in texts:
-            norms = getattr(registry.parse(text), "norms", (settings.norm,))
-            if settings.norm not in norms:
-                raise TrainingError(
-                    f"{registry.kind} {text} is for {', '.join(norms)} balls, the run has norm={settings.norm!r}; "
-                    "change one of them"
-                )
+            _check_norm(f"{registry.kind} {text}", registry.parse(text), settings)
     parse_perturbation(settings)
-    parse_validator(settings.validator)
+    _check_norm(f"validator {settings.validator}", parse_validator(settings.validator), settings)
+
+
+def _check_norm(name: str, method: object, settings: Settings) -> None:
+    norms = getattr(method, "norms", (settings.norm,))
+    if settings.norm not in norms:
+        raise TrainingError(
+            f"{name} is for {', '.join(norms)} balls, the run has norm={settings.norm!r}; change one of them"
+        )
 
 
 def parse_perturbation(settings: Settings) -> WeightPerturbation | None:

@@ -199,14 +199,17 @@ class Views:
         logits, statistics = self._pass_in_training(self.graph, x, self.moves_statistics)
         return logits, self.graph.snapshot(statistics)
 
-    def train(self, x: Tensor) -> Tensor:
+    def train(self, x: Tensor, move: bool = True) -> Tensor:
         """Logits of another batch in training mode, with statistics of its own; moves the running ones once more.
+
+        Args:
+            move: False to leave the running statistics as they are.
 
         Raises:
             ValueError: see `training_pass`.
         """
         self._refuse_parts()
-        return self._pass_in_training(self.graph, x, self.moves_statistics)[0]
+        return self._pass_in_training(self.graph, x, self.moves_statistics and move)[0]
 
     def train_with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(logits, input of the last layer `[B, n]`) as in `train`."""
@@ -218,7 +221,10 @@ class Views:
         return last.build().forward(features), features
 
     def iterate(self, x: Tensor, move: bool) -> Tensor:
-        """Logits of an attack's iterate in training mode; `move` says whether the running statistics follow it."""
+        """Logits of an attack's iterate in training mode, constant in the parameters.
+
+        `move` says whether the running statistics follow it.
+        """
         self._refuse_parts()
         return self._pass_in_training(self.graph, x, move, constant=True)[0]
 

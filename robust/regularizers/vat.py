@@ -42,7 +42,7 @@ class VAT:
     def __call__(self, views: Views) -> dict[str, Tensor]:
         clean = views.clean
         moved = views.x + views.once(("vat", self), lambda: self._direction(views, clean.detach()))
-        divergence = kl_to_reference(views.iterate(moved, move=False), views.y, clean.detach())
+        divergence = kl_to_reference(views.train(moved, move=False), views.y, clean.detach())
         terms = {"vat": self.weight * divergence.mean()}
         if self.entropy_weight:
             log_p = clean.log_softmax(1)

@@ -86,7 +86,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_methods_for_other_balls_than_the_runs_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"^objective emma is for l2 balls, the run has norm='linf'; change one"):
         train(tiny(objective="emma"), tmp_path, progress=False)
-    with pytest.raises(TrainingError, match=r"^verifier global_l2 is for l2 balls, the run has norm='linf'; change"):
+    with pytest.raises(TrainingError, match=r"^validator global_l2 is for l2 balls, the run has norm='linf'; change"):
         train(tiny(validator="global_l2"), tmp_path, progress=False)
     assert not any(tmp_path.iterdir())
 

@@ -18,7 +18,7 @@ from robust.checkpoint import load
 from robust.cli import main
 from robust.dataset import DataSet
 from robust.images import MemoryImages
-from robust.objective import ADVERSARIAL, CERTIFIED, OBJECTIVES, defaults_of
+from robust.objective import ADVERSARIAL, CERTIFIED, L2_CERTIFIED, OBJECTIVES, defaults_of
 from robust.run_setup import CHECKPOINT, LAST
 from robust.settings import Settings
 from robust.trainer import train
@@ -87,7 +87,10 @@ def test_best_weights_under_attack_are_kept_and_the_last_ones_beside_them(
 def test_every_objective_has_the_defaults_of_its_kind_and_certified_ones_say_so() -> None:
     certified = {"ibp", "shi_ibp", "crown_ibp", "sabr", "cc_ibp", "mtl_ibp", "exp_ibp", "taps", "staps"}
     for name in OBJECTIVES.names():
-        assert defaults_of(name) == (CERTIFIED if name in certified else ADVERSARIAL), name
+        by_lipschitz = getattr(OBJECTIVES[name], "norms", ()) == ("l2",)
+        expected = CERTIFIED if name in certified else L2_CERTIFIED if by_lipschitz else ADVERSARIAL
+        assert getattr(OBJECTIVES[name], "defaults", ADVERSARIAL) == expected, name
+    assert (defaults_of("mtl_ibp"), defaults_of("trades:kl_weight=3")) == (CERTIFIED, ADVERSARIAL)
 
 
 def test_what_is_left_open_is_the_objectives_and_what_is_given_stays() -> None:
