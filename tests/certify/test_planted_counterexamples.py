@@ -24,7 +24,9 @@ METHODS = (
     "crown_ibp",
     "crown",
     "alpha_crown:iterations=3",
-    "cascade:alpha_iterations=2,long_attack=(margin_pgd:steps=10)",
+    "bab:timeout=2",
+    "cascade:last=none,alpha=(alpha_crown:iterations=2)",
+    "cascade:long_attack=(margin_pgd:steps=10),timeout=2",
 )
 BALL = LinfBall(0.1)
 

@@ -22,6 +22,7 @@ from certify.ops.relu import ReLU
 from certify.program import Program
 from certify.region import Region
 from certify.spec import margin_spec
+from certify.verifiers.alpha_crown import AlphaCROWN
 from certify.verifiers.cascade import Cascade
 from certify.verifiers.milp import MILP
 from tests.certify.networks import KINDS, VARIANTS, layer, network
@@ -178,7 +179,9 @@ def test_milp_decides_every_example_and_agrees_with_the_cascade(kind: str) -> No
     decided = set()
     for eps in (0.01, 0.05):
         exact = MILP()(model, x, y, LinfBall(eps))
-        for verdict, other in zip(exact, Cascade(alpha_iterations=3)(model, x, y, LinfBall(eps)), strict=True):
+        for verdict, other in zip(
+            exact, Cascade(last=None, alpha=AlphaCROWN(iterations=3))(model, x, y, LinfBall(eps)), strict=True
+        ):
             assert verdict.status in ("certified", "falsified") and verdict.method == "milp"
             assert {verdict.status, other.status} != {"certified", "falsified"}
             if {verdict.status, other.status} == {"certified"}:

@@ -66,7 +66,7 @@ def test_tiny_balls_are_certified_and_wrong_predictions_are_misclassified(name: 
 def test_no_verifier_certifies_where_the_cascade_found_a_witness(name: str) -> None:
     model, x, y = problem(count=12)
     for eps in (0.03, 0.1):
-        witnesses = Cascade(alpha_iterations=5)(model, x, y, LinfBall(eps))
+        witnesses = Cascade(last=None, alpha=AlphaCROWN(iterations=5))(model, x, y, LinfBall(eps))
         for found, verdict in zip(witnesses, VERIFIERS.parse(name)(model, x, y, LinfBall(eps)), strict=True):
             assert {found.status, verdict.status} != {"falsified", "certified"}
     assert any(v.status == "falsified" for v in witnesses)
@@ -265,7 +265,7 @@ def test_a_proposed_point_that_is_no_witness_falsifies_nothing() -> None:
 def test_every_stage_of_the_cascade_is_named_by_what_it_decides() -> None:
     model, x, y = problem(count=24)
     eps = torch.logspace(-4, -0.7, 24)
-    verdicts = Cascade(alpha_iterations=10)(model, x, y, LinfBall(eps))
+    verdicts = Cascade(last=None, alpha=AlphaCROWN(iterations=10))(model, x, y, LinfBall(eps))
     methods = {v.method for v in verdicts}
     assert {"cascade/attack", "cascade/ibp"} <= methods and methods & {"cascade/crown_ibp", "cascade/crown"}
     assert all(v.method == "cascade" for v in verdicts if v.status == "unknown")

@@ -179,9 +179,9 @@ def test_the_suites_own_attack_and_cascade_agree_and_are_recorded_as_text() -> N
     pixels = torch.rand(40, *SHAPE, generator=torch.Generator().manual_seed(1))
     images = MemoryImages(pixels, model(pixels).argmax(dim=1))
     tiny = dataclasses.replace(data(), test=images)
-    attack, verifier = ATTACKS.parse("pgd:steps=10"), VERIFIERS.parse("cascade:alpha_iterations=3")
+    attack, verifier = ATTACKS.parse("pgd:steps=10"), VERIFIERS.parse("cascade:timeout=20.0")
     report = evaluate(model, tiny, LinfBall(0.03), verifier, attack, batch_size=16)
-    assert (report.header["attack"], report.header["verifier"]) == ("pgd:steps=10", "cascade:alpha_iterations=3")
+    assert (report.header["attack"], report.header["verifier"]) == ("pgd:steps=10", "cascade:timeout=20.0")
     statuses = report.summary().statuses
     assert statuses["certified"] > 5 and statuses["falsified"] > 2 and statuses["misclassified"] == 0
     assert {row.method for row in report.rows if row.status == "falsified"} <= {"pgd", "cascade/attack"}

@@ -255,7 +255,7 @@ def test_every_model_family_is_decided_as_directly(family: str, tmp_path: Path) 
     path = export(source, x[:1], tmp_path / "m.onnx")
     model = load_onnx(path)
     y[1] = (y[1] + 1) % 4  # a wrong label: the image itself is a counterexample
-    verdicts = Cascade(alpha_iterations=0)(source, x, y, LinfBall(1e-7))
+    verdicts = Cascade(last=None, alpha=None)(source, x, y, LinfBall(1e-7))
     assert [verdict.status for verdict in verdicts] == ["certified", "misclassified"]
     for image, label, expected in zip(x, y.tolist(), ("unsat", "sat"), strict=True):
         prop = parse_vnnlib(robustness(image, label, 1e-7, 4))
