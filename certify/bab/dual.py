@@ -85,11 +85,9 @@ def backward(
 def minimum(core: Core, x: Tensor) -> tuple[Tensor, Tensor]:
     """(minimum of `x . u` over the region, size of the terms added up), each `[D]`."""
     size = x.abs().sum(0)
-    low, region = -size, core.region
-    if region.ball is not None:
-        inner = _in_ball(core, x)
-        low = torch.maximum(low, (x * inner).sum(0))
-    return low, size
+    if core.region.ball is None:
+        return -size, size
+    return torch.maximum(-size, _over_ball(core, x)), size
 
 
 def minimiser(core: Core, x: Tensor) -> Tensor:
@@ -97,21 +95,38 @@ def minimiser(core: Core, x: Tensor) -> Tensor:
     corner = x.sign().neg_()
     if core.region.ball is None:
         return corner
-    inner = _in_ball(core, x)
-    return torch.where((x * inner).sum(0) > (x * corner).sum(0), inner, corner)
+    return torch.where(_over_ball(core, x) > -x.abs().sum(0), _in_ball(core, x), corner)
+
+
+def _over_ball(core: Core, x: Tensor) -> Tensor:
+    """Minimum of `x . u` over the ball alone, `[D]`."""
+    ball, example = core.region.ball, core.region.x
+    assert ball is not None
+    gradient = _per_pixel(core, x)
+    offset = (example - core.region.center).reshape(1, -1)
+    return (gradient * offset).sum(1) - ball.eps_of(example).flatten() * ball.dual_norm(gradient, (1,))
 
 
 def _in_ball(core: Core, x: Tensor) -> Tensor:
     """The minimiser of `x . u` over the ball alone, `[M, D]`."""
     region = core.region
     assert region.ball is not None
-    radius, center = region.radius.reshape(-1, 1), region.center.reshape(-1, 1)
-    # A pixel that cannot move has no part in x, whatever is made of it.
-    safe = torch.where(radius > 0, radius, 1.0)
-    gradient = (x / safe).T.reshape(-1, *region.x.shape[1:])
-    step = region.ball.steepest(gradient, region.ball.eps_of(region.x))
-    point = region.x.reshape(-1, 1) - step.reshape(len(gradient), -1).T
-    return (point - center) / safe
+    radius, center, example = (t.reshape(-1, 1) for t in (region.radius, region.center, region.x))
+    gradient, eps = _per_pixel(core, x), region.ball.eps_of(region.x)
+    if region.ball.norm == "l1":
+        # The ball's own steepest step is spread over many pixels, as attacks want it: that is no minimiser.
+        step = torch.zeros_like(gradient)
+        most = gradient.abs().argmax(1, keepdim=True)
+        step.scatter_(1, most, gradient.gather(1, most).sign() * eps.flatten())
+    else:
+        step = region.ball.steepest(gradient.reshape(-1, *region.x.shape[1:]), eps).flatten(1)
+    return (example - step.T - center) / torch.where(radius > 0, radius, 1.0)
+
+
+def _per_pixel(core: Core, x: Tensor) -> Tensor:
+    """Coefficients of the pixels for those of u, `[D, M]`; pixels that cannot move have none."""
+    radius = core.region.radius.reshape(1, -1)
+    return torch.where(radius > 0, x.T / torch.where(radius > 0, radius, 1.0), 0.0)
 
 
 def forward(core: Core, lines: Slopes, A: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
