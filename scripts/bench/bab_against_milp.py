@@ -52,7 +52,9 @@ def summary(rows: list[dict[str, object]]) -> None:
         "contradictions": [r["seed"] for r in rows if {r["bab"], r["milp"]} == {"certified", "falsified"}],
         "unknown to bab": [r["seed"] for r in rows if r["bab"] == "unknown"],
         "bounds above the exact margin": [
-            r["seed"] for r in rows if r["milp"] == "certified" and r["margin_lb"] > r["exact"] + MILP_ALLOWANCE * max(1, r["exact"])
+            r["seed"]
+            for r in rows
+            if r["milp"] == "certified" and r["margin_lb"] > r["exact"] + MILP_ALLOWANCE * max(1, r["exact"])
         ],
     }.items():
         print(f"{title}: {len(seeds)}", *seeds[:50])

@@ -15,8 +15,8 @@ from certify.bounds.crown import intermediate_boxes
 from certify.graph import Snapshot, capture
 from certify.region import Region
 from certify.spec import margin_spec
-from tests.certify.bab.problems import KINDS, random_problem
-from tests.certify.networks import CLASSES, network
+from tests.certify.bab.problems import random_problem
+from tests.certify.networks import network
 
 
 def ended(model: nn.Module, x: Tensor, ball: Ball) -> tuple[Snapshot, Region]:
@@ -109,5 +109,3 @@ def evaluated(core: Core, domains: Domains, output: Affine, iterations: int = 0)
 def inside(domains: Domains, z: Tensor) -> Tensor:
     """Which points obey the splits of which domains: bool `[D, points]`."""
     return (domains.sign.unsqueeze(2) * z.unsqueeze(1) >= 0).all(0)
-
-

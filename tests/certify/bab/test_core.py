@@ -67,7 +67,7 @@ def test_minima_over_the_input_are_exact_and_never_above_a_point(ball: Ball) -> 
     # 500 pixels: moves of l1 attacks spread over a hundredth of them, the minimiser of a linear function does not.
     torch.manual_seed(0)
     x = torch.rand(1, 500, dtype=torch.float64)
-    core, snapshot = cored(nn.Sequential(nn.Linear(500, 3), nn.ReLU(), nn.Linear(3, 3)), x, ball)
+    core, _ = cored(nn.Sequential(nn.Linear(500, 3), nn.ReLU(), nn.Linear(3, 3)), x, ball)
     A = torch.randn(500, 20, dtype=torch.float64)
     low, _ = minimum(core, A * core.region.radius.T)
     exact = core.region.minimum(A.T.unsqueeze(1), low.new_zeros(20, 1))[:, 0] - A.T @ core.region.center[0]
