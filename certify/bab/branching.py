@@ -53,6 +53,8 @@ def best_candidate(
         reduce: "product", "min" or "max" of what both children gain.
     """
     count, kinds = len(domains), len(candidates)
+    if not kinds:
+        return torch.full_like(domains.low, -1, dtype=torch.long)
     column = torch.arange(count, device=candidates.device).repeat(kinds)
     children = domains[column].halves(candidates.flatten())
     start = Point(children.alpha, children.beta)
