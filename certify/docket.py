@@ -172,7 +172,7 @@ class Docket:
     def splits(self) -> bool:
         """Whether the network's nonlinear ops are elementwise activations, as branch and bound needs."""
         network = self._networks.get(self.x.dtype)
-        return network is None or all(n.op.is_linear or isinstance(n.op, Activation) for n in network.nodes[1:])
+        return network is None or splits(network)
 
     def decide(self, method: str, decider: Callable[[Problem], Finding]) -> None:
         """Let a complete method decide the open examples, one by one.
@@ -321,6 +321,11 @@ class Docket:
         seconds = (time.perf_counter() - begin) / len(index)
         for i in index:
             self.cases[i].seconds += seconds
+
+
+def splits(network: Snapshot) -> bool:
+    """Whether the nonlinear ops of a network are elementwise activations, as branch and bound needs."""
+    return all(n.op.is_linear or isinstance(n.op, Activation) for n in network.nodes[1:])
 
 
 def check_problem(model: nn.Module, x: Tensor, y: Tensor, ball: Ball, norms: Sequence[str] = NORMS) -> None:

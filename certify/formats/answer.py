@@ -22,7 +22,8 @@ from attacks.losses import targeted_margin
 from attacks.mode import attack_mode
 from attacks.region import BoxRegion
 from attacks.threat import LinfBall
-from certify.docket import BoundMethod, Request
+from certify.bounds.crown import intermediate_boxes
+from certify.docket import BoundMethod, Problem, Request, splits
 from certify.formats.onnx import FormatError, OnnxModel
 from certify.formats.vnnlib import Disjunct, Property
 from certify.graph import Node, Snapshot, capture
@@ -32,6 +33,7 @@ from certify.region import Region
 from certify.verdict import SoundnessError
 from certify.verifiers import crown, ibp
 from certify.verifiers.alpha_crown import AlphaCROWN
+from certify.verifiers.bab import BranchAndBound
 
 SHORT = Ascent(steps=20, step_size=0.5, decay=0.1, decay_at=(0.5, 0.8), unit="box")
 LONG = Ascent(steps=100, step_size=0.5, decay=0.1, decay_at=(0.5, 0.8), unit="box", keep="best")
@@ -133,7 +135,28 @@ def prove_rows(snapshot: Snapshot, region: Region, rows: Rows, deadline: float) 
             low, scale = method(ended, region, Request(torch.ones_like(size, dtype=torch.bool), enough))
         best[asked] = torch.maximum(best[asked], torch.where(low[0].isnan(), -math.inf, low[0]))
         proven[asked] |= proves(low, scale, size)[0]
+    if splits(snapshot):
+        _branch(snapshot, region, rows, best, proven, deadline)
     return best, proven
+
+
+def _branch(snapshot: Snapshot, region: Region, rows: Rows, best: Tensor, proven: Tensor, deadline: float) -> None:
+    """Branch and bound for the rows of open disjuncts, the most promising first; updates `best` and `proven`."""
+    method, boxes = BranchAndBound(), None
+    # Half of what is left of the time: the long search for a counterexample comes after.
+    deadline = min(deadline, time.perf_counter() + (deadline - time.perf_counter()) / 2)
+    for row in best.argsort(descending=True).tolist():
+        begin = time.perf_counter()
+        if begin >= deadline or bool(torch.isin(rows.owner[row], rows.owner[proven])):
+            continue
+        ended = _with_rows(snapshot, rows.select(torch.tensor([row])))
+        with exact_arithmetic(), torch.no_grad():
+            boxes = intermediate_boxes(ended, region) if boxes is None else boxes
+            size = rounding_size(ended, region)[0]
+            until = min(deadline, begin + method.timeout)
+            found = method.decide(Problem(ended, region, size, best[row : row + 1], boxes, until))
+        proven[row] = found.proven[0]
+        best[row] = found.low[0] if proven[row] else torch.maximum(best[row], found.low[0])
 
 
 def _with_rows(snapshot: Snapshot, rows: Rows) -> Snapshot:

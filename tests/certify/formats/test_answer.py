@@ -263,3 +263,20 @@ def test_every_model_family_is_decided_as_directly(family: str, tmp_path: Path) 
         assert found.status == expected
         if found.x is not None and found.y is not None:
             assert confirmed_by_the_checker(counterexample_text(found.x.tolist(), found.y.tolist()), path, prop)
+
+
+def test_relu_networks_that_bounds_leave_open_are_decided_by_branch_and_bound() -> None:
+    # |x_0 - x_1| + |x_1| >= |x_0|, which no relaxation of the single neurons shows.
+    edges = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [0.0, 1.0], [0.0, -1.0], [1.0, 0.0], [-1.0, 0.0]])
+    network = nn.Sequential(nn.Linear(2, 6, bias=False), nn.ReLU(), nn.Linear(6, 1, bias=False)).double()
+    network[0].weight.data = edges.double()
+    network[2].weight.data = torch.tensor([[1.0, 1.0, 1.0, 1.0, -1.0, -1.0]]).double()
+    center = torch.zeros(1, 2, dtype=torch.float64)
+    snapshot = capture(network, center).snapshot().without_gradient()
+    region = Region.between(center - 1, center + 1)
+    # The output is never below 0: rows 0 and 2 hold, row 1 does not; row 3 is no disjunct of its own.
+    rows = Rows(torch.ones(4, 1).double(), torch.tensor([-0.01, 0.5, -0.2, 0.5]).double(), torch.tensor([0, 1, 2, 2]))
+    low, proven = prove_rows(snapshot, region, rows, time.perf_counter() + 20)
+    assert proven.tolist() == [True, False, True, False]
+    assert (low <= -rows.limit + 1e-9).all()
+    assert answer_module.crown.crown(answer_module._with_rows(snapshot, rows), region)[0][0, 0] < 0
