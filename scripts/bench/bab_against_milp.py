@@ -3,8 +3,8 @@
     python scripts/bench/bab_against_milp.py [--count 20000] [--first 0] [--out bab_against_milp.jsonl]
 
 Problem number s (`tests.certify.bab.problems`) is decided by both verifiers, with even s in float32 and odd s in
-float64. One row per problem is written as soon as it is decided; a run that was stopped goes on where it was. At the end
-the counts of all pairs of verdicts are printed, and the numbers of the problems that have no verdict or two.
+float64. One row per problem is written as soon as it is decided; a run that was stopped goes on where it was. At the
+end the counts of all pairs of verdicts are printed, and the numbers of the problems that have no verdict or two.
 """
 
 from __future__ import annotations
