@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-from certify.bab.core import Affine, Core
 from certify.bab.dual import Slopes, backward, forward, minimiser
+from certify.bab.unstable_core import Affine, Core
 
 STEP, DECAY = 0.1, 0.98
 """Adam's step on slopes in [0, 1], and its factor per iteration (Xu et al. 2021)."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from attacks.registry import Registry
 from certify.bab.ascent import Point, Task, ascend
-from certify.bab.core import Affine, Core
 from certify.bab.domains import Domains
+from certify.bab.unstable_core import Affine, Core
 
 BRANCHINGS = Registry("branching", "certify.branching")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from certify.bab.ascent import Outcome, Point, Relaxation, Task, ascend
-from certify.bab.core import Affine, Core
+from certify.bab.unstable_core import Affine, Core
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify.bab.core import Affine, Core
+from certify.bab.unstable_core import Affine, Core
 
 
 @dataclass(frozen=True)

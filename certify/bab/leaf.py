@@ -7,8 +7,8 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from certify.bab.core import Affine, Core
 from certify.bab.domains import Domains
+from certify.bab.unstable_core import Affine, Core
 from certify.leaf import relaxed_minimum
 from certify.program import Program
 

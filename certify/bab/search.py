@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from certify.bab.branching import Branching
-from certify.bab.core import Affine, Core
 from certify.bab.domains import Domains, bounded
 from certify.bab.leaf import solve_leaf
 from certify.bab.tighten import Memory, loose_neurons, tighten
+from certify.bab.unstable_core import Affine, Core
 from certify.precision import ALLOWANCES
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from certify.bab.ascent import Outcome, Point, Relaxation, Task, ascend
-from certify.bab.core import Affine, Core, Layer
 from certify.bab.domains import Domains
 from certify.bab.dual import backward
+from certify.bab.unstable_core import Affine, Core, Layer
 
 
 def loose_neurons(core: Core, node: Domains) -> Tensor:

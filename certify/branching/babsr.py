@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from certify.bab.branching import BRANCHINGS, intercept_scores
-from certify.bab.core import Affine, Core
 from certify.bab.domains import Domains
+from certify.bab.unstable_core import Affine, Core
 
 SMALL = 1e-3
 """Below this the estimate says nothing, and the intercepts decide."""

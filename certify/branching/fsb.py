@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from certify.bab.branching import BRANCHINGS, best_candidate
-from certify.bab.core import Affine, Core
 from certify.bab.domains import Domains
+from certify.bab.unstable_core import Affine, Core
 from certify.branching.babsr import babsr_scores
 
 

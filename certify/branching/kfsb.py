@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from certify.bab.branching import BRANCHINGS, best_candidate, gap_scores, intercept_scores
-from certify.bab.core import Affine, Core
 from certify.bab.domains import Domains
+from certify.bab.unstable_core import Affine, Core
 
 
 @BRANCHINGS.register("kfsb")
