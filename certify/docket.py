@@ -194,7 +194,8 @@ class Docket:
                     case.precision = "float64"
                 if found.witness is not None:
                     self._falsify(i, found.witness, method)
-                if case.verdict is not None or not found.doubtful:
+                # A witness that the model's own forward pass does not confirm is a doubt, too.
+                if case.verdict is not None or not (found.doubtful or found.witness is not None):
                     break
             if case.verdict is None and bool(case.proven.all()):
                 case.verdict = Verdict(

@@ -68,7 +68,7 @@ class Result:
     """Outcome of a search.
 
     Attributes:
-        low: a lower bound of the property on the whole region; it is proven exactly where `proven`.
+        low: a lower bound of the property on the whole region, -inf where a witness ended the search.
         domains: how many domains were bounded.
         witness: a `u` `[M, 1]` at which the core's property is <= 0, if one was met.
         doubtful: whether rounding alone kept a domain from being decided.
@@ -122,6 +122,8 @@ class Search:
         low = min([self.closed, *(float(node.domain.low) for node in stack)])
         # Boxes on possible counterexamples say nothing about points with output > 0.
         result.low = min(0.0 if self.tightened else math.inf, low, self.seen) + self.threshold
+        if result.witness is not None:
+            result.low = -math.inf  # what plain search had open is not in the stack
         return result
 
     def split(self, node: Node) -> list[Node]:
@@ -157,6 +159,7 @@ class Search:
 
     def try_points(self, u: Tensor) -> None:
         """Take the worst of the points `[M, D]` for a witness, if the property does not hold there."""
+        u = self.core.inside(u)
         exact = self.output(u, self.core.evaluate(u))
         worst = int(exact.argmin())
         self.seen = min(self.seen, float(exact[worst]))

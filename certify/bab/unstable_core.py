@@ -148,6 +148,15 @@ class Core:
         center, radius = self.region.center, self.region.radius
         return center + radius * u.T.reshape(-1, *center.shape[1:])
 
+    def inside(self, u: Tensor) -> Tensor:
+        """The points moved into the ball, where the region is one: corners of its box lie outside."""
+        region = self.region
+        if region.ball is None:
+            return u
+        points = region.ball.project(self.pixels(u), region.x.expand(u.shape[1], *region.x.shape[1:]))
+        moved = (points - region.center) / torch.where(region.radius > 0, region.radius, 1.0)
+        return moved.flatten(1).T.contiguous()
+
 
 def core_of(snapshot: Snapshot, region: Region, boxes: Boxes) -> Core:
     """The core of a network that ends in its specification.
