@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,13 @@ class CircularConv2d(AffineOp):
 
     def absolute(self, radius: Tensor) -> Tensor:
         # Rounding in the transforms may leave what is 0 below it.
-        return _filtered(torch.fft.rfft2(self.weight.abs()), radius).clamp(min=0)
+        return self.absolute_part().forward(radius).clamp(min=0)
+
+    def linear_part(self) -> AffineOp:
+        return replace(self, bias=None)
+
+    def absolute_part(self) -> AffineOp:
+        return replace(self, weight=self.weight.abs(), bias=None)
 
     def transpose(self, A: Tensor) -> Tensor:
         adjoint = torch.fft.rfft2(self.weight).conj().transpose(0, 1)

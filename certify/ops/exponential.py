@@ -33,7 +33,13 @@ class Exponential(AffineOp):
 
     def absolute(self, radius: Tensor) -> Tensor:
         # No less than the absolute values of the sum, which would take a dense matrix.
-        return replace(self, weight=self.weight.abs(), bias=None).forward(radius)
+        return self.absolute_part().forward(radius)
+
+    def linear_part(self) -> AffineOp:
+        return replace(self, bias=None)
+
+    def absolute_part(self) -> AffineOp:
+        return replace(self, weight=self.weight.abs(), bias=None)
 
     def transpose(self, A: Tensor) -> Tensor:
         backwards = replace(self, weight=self.adjoint, bias=None)

@@ -29,8 +29,9 @@ class BranchAndBound:
     Needs: a network whose nonlinear ops are elementwise activations. Returns: certified or unknown, or falsified where
     a minimiser of a bound turns out to be a counterexample, for correctly classified examples.
     How: CROWN bounds the hidden neurons once; then the network shrinks to its unstable neurons
-    (`certify.bab.unstable_core`), and every target is searched for itself (`certify.bab.search`). A domain without unstable neurons is decided by a
-    linear program. Sound; complete for (leaky) ReLU networks and l_inf balls, given time.
+    (`certify.bab.unstable_core`), and every target is searched for itself (`certify.bab.search`). A domain without
+    unstable neurons is decided by a linear program. Sound; complete for (leaky) ReLU networks and l_inf balls, given
+    time.
     Source: Wang et al. (2021); tightening after Kotha et al. (2023); branching after De Palma et al. (2021).
 
     Args:

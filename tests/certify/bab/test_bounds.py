@@ -17,7 +17,7 @@ from certify.bab.search import Plan, Search
 from certify.bab.tighten import tighten
 from certify.branching.babsr import BaBSR
 from certify.branching.kfsb import KFSB
-from tests.certify.bab.unstable_cores import before, evaluated, inside, random_core, random_domains, units, whole
+from tests.certify.bab.cores import before, evaluated, inside, random_core, random_domains, units, whole
 
 SEEDS = (0, 1, 2, 3, 4, 5)
 """The core of number 4 has no neurons."""

@@ -12,8 +12,8 @@ from certify.bab.dual import backward, minimiser, minimum
 from certify.bab.unstable_core import core_of
 from certify.bounds.crown import crown, intermediate_boxes
 from certify.op import UnsupportedOp
+from tests.certify.bab.cores import cored, ended, random_core, small_core, units
 from tests.certify.bab.problems import KINDS
-from tests.certify.bab.unstable_cores import cored, ended, random_core, small_core, units
 from tests.certify.networks import KINDS as BLOCKS
 from tests.certify.networks import VARIANTS, Block, layer
 

@@ -60,7 +60,8 @@ def wide(model: nn.Module) -> nn.Module:
     return model.double().eval()
 
 
-OPS = [(name, LinfBall(0.1)) for name in (*KINDS, *VARIANTS)]
+NO_RULE = ("min_max", "silu")
+OPS = [(name, LinfBall(0.1)) for name in (*KINDS, *VARIANTS) if name not in NO_RULE]
 OTHER_BALLS = [(name, ball) for name in ("conv", "tanh", "max_pool", "skip") for ball in (L2Ball(0.4), L1Ball(1.0))]
 
 
