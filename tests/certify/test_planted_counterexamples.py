@@ -24,9 +24,9 @@ METHODS = (
     "crown_ibp",
     "crown",
     "alpha_crown:iterations=3",
-    "bab:timeout=2",
+    "bab:timeout=0.2",
     "cascade:last=none,alpha=(alpha_crown:iterations=2)",
-    "cascade:long_attack=(margin_pgd:steps=10),timeout=2",
+    "cascade:long_attack=(margin_pgd:steps=10),timeout=0.3",
 )
 BALL = LinfBall(0.1)
 
