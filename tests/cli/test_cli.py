@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import pickle
+import pkgutil
 import random
 import subprocess
 import sys
@@ -16,9 +18,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from robust import cli
+from robust import cli, commands, judging
 from robust.checkpoint import load
 from robust.cli import main
+from robust.commands.train import _run_name
 from robust.listing import KINDS
 from robust.settings import Settings, load_recipe, recipe_names
 from robust.trainer import train
@@ -156,9 +159,9 @@ def test_the_report_of_a_running_evaluation_has_its_examples_and_training_curves
         evaluate(*arguments, **{**named, "limit": 5})
         raise KeyboardInterrupt
 
-    evaluate = cli.evaluate
+    evaluate = judging.evaluate
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "evaluate", interrupted)
+        patch.setattr(judging, "evaluate", interrupted)
         code, _, err = robust("certify", checkpoint, "--limit", 20, "--out", folder, "--quiet")
     assert code == 130 and err == "robust: interrupted; the same command goes on where it stopped\n"
     assert robust("report", folder)[0] == 0
@@ -196,7 +199,7 @@ def test_an_interrupted_training_says_so_and_goes_on(robust: Cli, monkeypatch: p
 
 def test_the_default_folder_of_a_run_names_recipe_or_data_and_objective() -> None:
     def name(recipe: str | None = None, **changes: Any) -> str:
-        return cli._run_name(Settings(**changes), recipe)
+        return _run_name(Settings(**changes), recipe)
 
     assert name(objective="mtl_ibp:ibp_weight=0.1") == "digits_mtl_ibp"
     assert name("cifar10_2_255_sabr") == "cifar10_2_255_sabr"
@@ -408,7 +411,7 @@ def test_a_certification_killed_three_times_goes_on_with_the_same_rows(
 # --- what can be read
 
 
-@pytest.mark.parametrize("command", ["train", "certify", "attack", "report", "methods", "recipes"])
+@pytest.mark.parametrize("command", [module.name for module in pkgutil.iter_modules(commands.__path__)])
 def test_help_names_every_flag_and_an_example_that_parses(robust: Cli, command: str) -> None:
     code, out, _ = robust(command, "--help")
     assert code == 0
@@ -420,7 +423,7 @@ def test_help_names_every_flag_and_an_example_that_parses(robust: Cli, command: 
     examples = [line.split("   ")[0].split() for line in out.splitlines() if line.startswith("  robust ")]
     assert examples
     for words in examples:
-        assert cli._parse(words[1:]).run is getattr(cli, f"_{words[1]}")
+        assert cli._parse(words[1:]).run is importlib.import_module(f"robust.commands.{words[1]}").run
 
 
 def test_methods_lists_everything_registered_with_its_fields(robust: Cli) -> None:

@@ -1,0 +1,43 @@
+"""`robust vnnlib`: what VNN-COMP asks of a verifier."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from attacks.registry import number
+from certify.formats.vnnlib import Instance
+from robust.files import write_whole
+from robust.vnncomp import decide, decide_all, result_text
+
+WORDS = "answer VNN-LIB properties of ONNX networks"
+EXAMPLES = """examples:
+  robust vnnlib model.onnx property.vnnlib --timeout 60
+  robust vnnlib instances.csv --out results    lines of network,property,seconds, as in VNN-COMP
+
+Prints sat, unsat, timeout or unknown; after sat, a counterexample that onnxruntime confirms without tolerance."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="ONNX file, or a CSV file of instances")
+    parser.add_argument("property", type=Path, nargs="?", help="VNN-LIB file")
+    parser.add_argument("--timeout", help="seconds for the property (default: no limit); a CSV file has its own")
+    parser.add_argument("--out", type=Path, help="result file, or the folder of a CSV file's results")
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.model.suffix == ".csv":
+        if options.property is not None or options.timeout is not None or options.out is None:
+            raise ValueError("a CSV file names properties and seconds itself; it needs --out FOLDER, and nothing else")
+        decide_all(options.model, options.out)
+        return
+    if options.property is None:
+        raise ValueError(f"which property of {options.model}? Give a .vnnlib file behind it")
+    timeout = math.inf if options.timeout is None else number(options.timeout)
+    text = result_text(decide(Instance(options.model, options.property, timeout)))
+    if options.out is None:
+        print(text, end="")
+    else:
+        write_whole(options.out, text)
+        print(text.partition("\n")[0])

@@ -1,0 +1,32 @@
+"""Flags that commands share: the machine to run on, and counts."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from pathlib import Path
+
+import torch
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help=f"cpu, cuda, cuda:1 ... (default here: {default})")
+    parser.add_argument("--root", type=Path, help="folder of the data sets (default: $ROBUST_DATA, else ./data)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def usable_device(text: str) -> str:
+    """`text` itself where a tensor can be put there; ValueError names the reason otherwise."""
+    try:
+        torch.zeros(1, device=text).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = textwrap.shorten(str(error), 80, placeholder=" ...")
+        raise ValueError(f"--device {text}: not available here ({reason}); use --device cpu") from None
+    return text
+
+
+def count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)

@@ -1,0 +1,76 @@
+"""What an evaluation command is asked about: a checkpoint, images and a threat model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from attacks.registry import number
+from attacks.threat import Ball, make_ball
+from robust.checkpoint import Checkpoint, CheckpointError, load, load_state_dict_file
+from robust.dataset import DataSet, parse_dataset
+from robust.flags import count
+from robust.images import Images
+from robust.model import MODELS
+
+
+def add_problem(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="checkpoint, or with --model a plain state dict")
+    parser.add_argument("--data", help="data set (default: the one that the checkpoint was trained on)")
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="which images (default: test)")
+    parser.add_argument("--eps", help="radius in pixel units, such as 8/255 (default: the checkpoint's)")
+    parser.add_argument("--norm", help="linf, l2 or l1 (default: the checkpoint's)")
+    parser.add_argument("--model", help="architecture of a plain state dict, which is loaded without running its code")
+    parser.add_argument("--limit", type=count, metavar="N", help="only the first N images")
+
+
+def problem(options: argparse.Namespace) -> tuple[Checkpoint, DataSet, Ball]:
+    """Checkpoint, data and threat model that an evaluation command names."""
+    if options.model is None:
+        checkpoint = load(options.checkpoint)
+        if options.data is None and "data" not in checkpoint.settings:
+            raise CheckpointError(f"{options.checkpoint}: does not say which data set it was trained on; give --data")
+        data = parse_dataset(options.data or checkpoint.settings["data"])(options.root)
+        _refuse_other_images(checkpoint, data)
+        return checkpoint, data, _ball(options, checkpoint.ball)
+    missing = [flag for flag in ("data", "eps") if getattr(options, flag) is None]
+    if missing:
+        raise CheckpointError(f"{options.checkpoint}: a plain state dict also needs --{' and --'.join(missing)}")
+    data = parse_dataset(options.data)(options.root)
+    model = MODELS.parse(options.model)(data.input_shape, len(data.classes), data.mean, data.std)
+    load_state_dict_file(options.checkpoint, model)
+    ball = make_ball(options.norm or "linf", number(options.eps))
+    facts = {"model": options.model, "data": options.data, "input_shape": list(data.input_shape)}
+    facts.update(classes=len(data.classes), mean=list(data.mean), std=list(data.std))
+    return Checkpoint(model.eval(), facts, ball), data, ball
+
+
+def images_of(options: argparse.Namespace, data: DataSet) -> Images:
+    """The part of the data set that --split names; ValueError where it has no images."""
+    images = data.test if options.split == "test" else data.train
+    if not len(images):
+        raise ValueError(f"{data.name} has no images in its part {options.split!r}; choose the other --split")
+    return images
+
+
+def _ball(options: argparse.Namespace, trained: Ball) -> Ball:
+    """The checkpoint's threat model, changed by --norm and --eps."""
+    norm = options.norm or trained.norm
+    if options.eps is not None:
+        return make_ball(norm, number(options.eps), trained.pixel_range)
+    if norm != trained.norm:
+        raise ValueError(
+            f"--norm {norm} also needs --eps: the checkpoint's {float(trained.eps):g} is a radius in {trained.norm}"
+        )
+    return trained
+
+
+def _refuse_other_images(checkpoint: Checkpoint, data: DataSet) -> None:
+    """ValueError where the model was made for images of another size or for fewer classes."""
+    settings = checkpoint.settings
+    shape, classes = tuple(settings["input_shape"]), settings["classes"]
+    if shape != tuple(data.input_shape) or classes < len(data.classes):
+        raise ValueError(
+            f"the model takes images {'x'.join(map(str, shape))} of {classes} classes, but {data.name} has "
+            f"{'x'.join(map(str, data.input_shape))} of {len(data.classes)}; give another --data"
+        )
