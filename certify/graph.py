@@ -20,6 +20,7 @@ from certify.batch_statistics import batch_norm
 from certify.op import RULES, AffineOp, Call, Op, Traced, UnsupportedOp
 from certify.ops.affine import Conv2d, Linear
 from certify.ops.batch_norm import BatchNorm, Statistics
+from certify.rewrites import rewrite
 
 
 class CaptureError(ValueError):
@@ -244,6 +245,7 @@ class _Capture:
                 f"{type(model).__name__}: the forward pass cannot be traced ({error}); "
                 "control flow must not depend on tensor values"
             ) from error
+        rewrite(graph)
         with torch.no_grad():
             for node in graph.nodes:
                 self._visit(node, probe)

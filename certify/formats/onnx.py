@@ -203,27 +203,39 @@ class _Reader:
         if node.op_type == "Shape":
             self._shape(node)
             return
+        if node.op_type == "Split":
+            self._split(node)
+            return
         build = _LAYERS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         if build is None:
-            raise self.refuse(node, f"no rule for this op; rules exist for {', '.join(sorted(_LAYERS))}")
+            known = ", ".join(sorted({*_LAYERS, "Shape", "Split"}))
+            raise self.refuse(node, f"no rule for this op; rules exist for {known}")
         call = _Call(self, node)
         try:
-            layer = build(call).to(self.dtype)
-            value = layer(*call.traced)
+            self._append(build(call).to(self.dtype), call.traced_names, node.output[0])
         except FormatError:
             raise
         except (ValueError, RuntimeError, IndexError, TypeError) as error:
             raise self.refuse(node, _line(error)) from None
-        if len(value) != 1:
-            raise self.refuse(node, f"its value of shape {tuple(value.shape)} mixes the batch with other axes")
-        self._append(
-            layer.requires_grad_(False), tuple(n for n in node.input if n in self.values), node.output[0], value
-        )
+        shape = tuple(self.values[node.output[0]].shape)
+        if shape[:1] != (1,):
+            raise self.refuse(node, f"its value of shape {shape} mixes the batch with other axes")
 
-    def _append(self, layer: nn.Module, inputs: tuple[str, ...], output: str, value: Tensor) -> None:
-        self.layers.append(layer)
+    def _append(self, layer: nn.Module, inputs: tuple[str, ...], output: str) -> None:
+        self.values[output] = layer(*(self.values[name] for name in inputs))
+        self.layers.append(layer.requires_grad_(False))
         self.wires.append((inputs, output))
-        self.values[output] = value
+
+    def _split(self, node: Any) -> None:
+        """The only op with several outputs: each of them is a slice."""
+        call = _Call(self, node)
+        axis = call.axis(call.attribute("axis", 0))
+        sizes = call.integers("split", 1)
+        if sizes is None:
+            size, most = call.x.shape[axis], -(-call.x.shape[axis] // len(node.output))
+            sizes = [min(most, size - k * most) for k in range(len(node.output))]
+        for k, output in enumerate(node.output):
+            self._append(_narrow(axis, sum(sizes[:k]), sizes[k]), call.traced_names, output)
 
     def _shape(self, node: Any) -> None:
         attributes = {a.name: self.onnx.helper.get_attribute_value(a) for a in node.attribute}
@@ -252,7 +264,7 @@ class _Reader:
         del self.layers[place + 1 :], self.wires[place + 1 :]
         value = self.values[target]
         if value.dim() != 2:
-            self._append(nn.Flatten(), (target,), f"{target} flat", value.flatten(1))
+            self._append(nn.Flatten(), (target,), f"{target} flat")
 
 
 @dataclass
@@ -265,7 +277,8 @@ class _Call:
     def __post_init__(self) -> None:
         helper = self.reader.onnx.helper
         self.attributes = {a.name: helper.get_attribute_value(a) for a in self.node.attribute}
-        self.traced = [self.reader.values[name] for name in self.node.input if name in self.reader.values]
+        self.traced_names = tuple(name for name in self.node.input if name in self.reader.values)
+        self.traced = [self.reader.values[name] for name in self.traced_names]
 
     @property
     def x(self) -> Tensor:
@@ -273,6 +286,13 @@ class _Call:
         if len(self.traced) != 1 or self.node.input[0] not in self.reader.values:
             raise self.refuse("only its first input may depend on the network's input")
         return self.traced[0]
+
+    def axis(self, axis: int) -> int:
+        """An axis of the input counted from the front; an error for the batch axis."""
+        found = axis % self.x.dim()
+        if found == 0:
+            raise self.refuse("the batch axis cannot be cut")
+        return found
 
     def constant(self, place: int) -> np.ndarray | None:
         """Input `place`, None where it is absent; an error where it is not constant."""
@@ -365,6 +385,10 @@ class _Reshape(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], *self.shape)
+
+
+def _narrow(axis: int, start: int, length: int) -> nn.Module:
+    return _Apply(lambda x: x.narrow(axis, start, length))
 
 
 def _reshaped(call: _Call, shape: Sequence[int]) -> nn.Module:
@@ -542,6 +566,54 @@ def _arithmetic(call: _Call) -> nn.Module:
         return _Apply(function)
     on_left = call.node.input[0] not in call.reader.values
     return _WithConstant(function, call.tensor(0 if on_left else 1), on_left)
+
+
+@_layer("Max", "Min")
+def _extremum(call: _Call) -> nn.Module:
+    function = torch.maximum if call.node.op_type == "Max" else torch.minimum
+    if len(call.node.input) != 2:
+        raise call.refuse(f"expected two inputs, got {len(call.node.input)}")
+    if len(call.traced) == 2:
+        return _Apply(function)
+    bound = call.tensor(0 if call.node.input[0] not in call.reader.values else 1)
+    if bound.numel() != 1:
+        raise call.refuse(f"a bound of shape {tuple(bound.shape)} is not supported, only a single number")
+    limit = bound.item()
+    return _clip(limit, None) if call.node.op_type == "Max" else _clip(None, limit)
+
+
+@_layer("Abs")
+def _absolute(call: _Call) -> nn.Module:
+    return _Apply(torch.abs)
+
+
+@_layer("Clip")
+def _clip_node(call: _Call) -> nn.Module:
+    low, high = (
+        call.attributes.get(name, None if call.constant(k) is None else call.tensor(k).item())
+        for k, name in ((1, "min"), (2, "max"))
+    )
+    return _clip(low, high)
+
+
+def _clip(low: float | None, high: float | None) -> nn.Module:
+    return nn.Identity() if low is high is None else _Apply(lambda x: torch.clamp(x, low, high))
+
+
+@_layer("Slice")
+def _slice(call: _Call) -> nn.Module:
+    starts, ends, axes, steps = (
+        call.integers(name, k) for k, name in ((1, "starts"), (2, "ends"), (3, "axes"), (4, "steps"))
+    )
+    if starts is None or ends is None:
+        raise call.refuse("it lacks its starts or ends")
+    cut = [slice(None)] * call.x.dim()
+    axes = axes if axes is not None else list(range(len(starts)))
+    for axis, start, end, step in zip(axes, starts, ends, steps or [1] * len(axes), strict=True):
+        if step < 1:
+            raise call.refuse(f"a step of {step} is not supported, only steps from 1")
+        cut[call.axis(axis)] = slice(start, end, step)
+    return _Apply(lambda x: x[tuple(cut)])
 
 
 @_layer("Flatten")

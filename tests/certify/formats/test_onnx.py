@@ -33,10 +33,14 @@ def saved(
     opset: int = 17,
     kind: int = TensorProto.FLOAT,
 ) -> Path:
-    """File of a chain of nodes (op, inputs, attributes); node k writes the value `v<k>`, the last one `y`."""
+    """File of a chain of nodes (op, inputs, attributes); node k writes the value `v<k>`, the last one `y`.
+
+    An op `Split:a,b` writes the values a and b.
+    """
     names = [f"v{k}" for k in range(len(nodes) - 1)] + ["y"]
     made = [
-        helper.make_node(op, inputs, [name], **attrs) for (op, inputs, attrs), name in zip(nodes, names, strict=True)
+        helper.make_node(op.partition(":")[0], inputs, (op.partition(":")[2] or name).split(","), **attrs)
+        for (op, inputs, attrs), name in zip(nodes, names, strict=True)
     ]
     graph = helper.make_graph(
         made,
@@ -134,6 +138,40 @@ CHAINS: dict[str, tuple[list[tuple[str, list[str], dict[str, Any]]], dict[str, n
         {"s": np.array([0, -1, 4]), "a": np.array([1])},
         PIXELS,
     ),
+    "split": (
+        [
+            ("Split:a,b", ["x"], {"axis": 1}),
+            ("Max", ["a", "b"], {}),
+            ("Min", ["v1", "a"], {}),
+            ("Sub", ["v2", "b"], {}),
+        ],
+        {},
+        PIXELS,
+    ),
+    "split_by_sizes": (
+        [("Split:a,b", ["x", "s"], {"axis": -1}), ("Concat", ["b", "a"], {"axis": 3})],
+        {"s": np.array([2, 4])},
+        PIXELS,
+    ),
+    "slice": (
+        [("Slice", ["x", "starts", "ends", "axes", "steps"], {})],
+        {
+            **{"starts": np.array([1, -4]), "ends": np.array([2**62, -1])},
+            **{"axes": np.array([2, -1]), "steps": np.array([1, 2])},
+        },
+        PIXELS,
+    ),
+    "clip": (
+        [
+            ("Clip", ["x", "low", "high"], {}),
+            ("Clip", ["v0", "", "mid"], {}),
+            ("Max", ["low", "v1"], {}),
+            ("Min", ["v2", "mid"], {}),
+            ("Abs", ["v3"], {}),
+        ],
+        {"low": np.float32([-0.3])[0].reshape(()), "high": np.array(0.8, np.float32), "mid": np.array(0.2, np.float32)},
+        PIXELS,
+    ),
     "identity": (
         [("Identity", ["x"], {}), ("Dropout", ["v0"], {}), ("Cast", ["v1"], {"to": TensorProto.FLOAT})],
         {},
@@ -194,6 +232,8 @@ def broken(name: str, path: Path) -> None:
             saved(path, [("Gemm", ["x", "x"], {"transB": 1})], weights, [1, 5])
         case "integers":
             saved(path, [("Identity", ["x"], {})], {}, [1, 5], kind=TensorProto.INT64)
+        case "cut batch":
+            saved(path, [("Split:y,z", ["x"], {"axis": 0})], {}, ["n", 5])
         case "one_dimensional":
             saved(path, [("Conv", ["x", "w"], {})], {"w": random(3, 2, 3)}, [1, 2, 6])
 
@@ -204,12 +244,13 @@ def broken(name: str, path: Path) -> None:
         ("empty", "expected one output|no valid ONNX model"),
         ("text", "no valid ONNX model"),
         ("truncated", "no valid ONNX model"),
-        ("op", "Erf: no rule for this op; rules exist for Add, AveragePool"),
+        ("op", "Erf: no rule for this op; rules exist for Abs, Add, AveragePool"),
         ("batch", r"expected an input \[1, ...\] or \[batch, ...\] .*got \[7, 5\]"),
         ("open", r"got \[1, 'n'\]"),
         ("moved", r"Transpose: perm=\[1, 0\] moves the batch axis"),
         ("product", "Gemm: its input 'x' depends on the network's input"),
         ("integers", "expected float32 or float64 inputs, got INT64"),
+        ("cut batch", "Split: the batch axis cannot be cut"),
         ("one_dimensional", "Conv: only 2-d convolutions"),
     ],
 )
