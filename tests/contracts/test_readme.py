@@ -10,7 +10,8 @@ import pytest
 from robust.cli import main
 from robust.listing import KINDS
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLE_KINDS = {
     "objective": "objectives",
     "attack": "attacks",
@@ -54,3 +55,14 @@ def test_command_lines_in_the_readme_have_known_flags_only(
     known = capsys.readouterr().out
     for flag in re.findall(r"--[a-z-]+", rest):
         assert flag in known
+
+
+def test_the_messages_of_the_troubleshooting_table_are_those_of_the_code() -> None:
+    (table,) = re.findall(r"## When something goes wrong\n(.*?)\n## ", README, flags=re.DOTALL)
+    messages = re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)
+    sources = "".join(
+        path.read_text("utf-8") for name in ("attacks", "certify", "robust") for path in (ROOT / name).rglob("*.py")
+    )
+    assert len(messages) >= 8
+    for message in messages:
+        assert all(part.strip() in sources for part in message.split("...")), message
