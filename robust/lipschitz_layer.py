@@ -118,6 +118,21 @@ class CircularConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return circular_conv.CircularConv2d(self.weight, self.bias).forward(x)
 
+    def plain(self) -> nn.Module:
+        """The image laid out again on two of its sides, and a convolution without padding over it."""
+        weight = self.weight.flip(2, 3)
+        conv = nn.Conv2d(weight.shape[1], weight.shape[0], (weight.shape[2], weight.shape[3]))
+        conv.weight, conv.bias = nn.Parameter(weight.clone()), nn.Parameter(self.bias.clone())
+        return nn.Sequential(_Wrap(), conv)
+
+
+class _Wrap(nn.Module):
+    """Images `[B, C, H, W]` on the ring, each pixel from 1 to 2 H - 1 and 1 to 2 W - 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x[:, :, 1:], x], 2)
+        return torch.cat([x[:, :, :, 1:], x], 3)
+
 
 @RULES.module(CircularConv2d)
 def _circular(layer: CircularConv2d, call: Call) -> Op:

@@ -59,6 +59,22 @@ class PotentialStep(nn.Module):
         hidden = torch.relu(F.conv2d(x, inner, self.bias, padding=self.padding))
         return x - F.conv2d(hidden, outer, padding=self.padding)
 
+    def plain(self) -> nn.Module:
+        """The step with M computed once."""
+        inner, bias = self.inner().detach(), self.bias.detach().clone()
+        down: nn.Linear | nn.Conv2d
+        up: nn.Linear | nn.Conv2d
+        hidden, features = inner.shape[:2]
+        if self.padding is None:
+            outer = inner.t()
+            down, up = nn.Linear(features, hidden), nn.Linear(hidden, features, bias=False)
+        else:
+            kernel, outer = inner.shape[2], inner.flip(2, 3).transpose(0, 1)
+            down = nn.Conv2d(features, hidden, kernel, padding=self.padding)
+            up = nn.Conv2d(hidden, features, kernel, padding=self.padding, bias=False)
+        down.weight, down.bias, up.weight = nn.Parameter(inner), nn.Parameter(bias), nn.Parameter(2 * outer)
+        return _Step(nn.Sequential(down, nn.ReLU(), up))
+
     def inner(self) -> Tensor:
         """M^T."""
         if self.padding is None:
@@ -78,3 +94,14 @@ class PotentialStep(nn.Module):
         """Normal weights; their scale cancels."""
         noise = torch.randn(self.weight.shape, generator=generator, device=generator.device)
         self.weight.copy_(noise / self.weight[0].numel() ** 0.5)
+
+
+class _Step(nn.Module):
+    """x minus a branch of it."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.branch(x)

@@ -62,6 +62,14 @@ class SkewConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.op().forward(x)
 
+    def plain(self) -> nn.Module:
+        """The terms of the series as convolutions."""
+        weight = self.weight.detach()
+        kernel = weight.shape[2]
+        conv = nn.Conv2d(weight.shape[1], weight.shape[0], kernel, padding=kernel // 2, bias=False)
+        conv.weight = nn.Parameter(weight.clone())
+        return _Series(conv, self.bias.detach().clone().view(-1, 1, 1), self.terms)
+
     def op(self) -> Exponential:
         """The layer with the terms of its mode."""
         return Exponential(self.weight, self.bias, self.train_terms if self.training else self.terms, self.in_shape)
@@ -72,6 +80,24 @@ class SkewConv(nn.Module):
         stored = stored_weight(self)
         noise = torch.randn(stored.shape, generator=generator, device=generator.device)
         stored.copy_(noise / stored[0].numel())
+
+
+class _Series(nn.Module):
+    """The power series of a convolution's exponential, and a shift."""
+
+    bias: Tensor
+
+    def __init__(self, convolution: nn.Conv2d, bias: Tensor, terms: int) -> None:
+        super().__init__()
+        self.convolution, self.terms = convolution, terms
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = power = x
+        for k in range(1, self.terms + 1):
+            power = self.convolution(power) / k
+            total = total + power
+        return total + self.bias
 
 
 class _Skew(nn.Module):

@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from robust.plain import plain
+
 
 def export(model: nn.Module, x: Tensor, path: Path) -> Path:
-    """`model` exported by torch for inputs like `x` `[1, ...]`."""
+    """`model` with fixed weights exported by torch for inputs like `x` `[1, ...]`."""
     with warnings.catch_warnings():  # the exporter warns of itself
         warnings.simplefilter("ignore")
-        torch.onnx.export(model.eval(), (x,), str(path), external_data=False, verbose=False)
+        torch.onnx.export(plain(model), (x,), str(path), external_data=False, verbose=False)
     return path
 
 
