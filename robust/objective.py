@@ -8,7 +8,8 @@ A class fact `defaults` says what a run takes for settings that the user leaves 
 of adversarial training.
 
 An objective that needs a memory or a second network has `start(run)`, see `robust.active`. One whose steps repeat a
-mini-batch has a class fact `replays`.
+mini-batch has a class fact `replays`; the first `steps_alone` of them are its own, without regularisers, weightings and
+weight perturbations.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class _Run:
         self.lr_schedule = SCHEDULES.parse(settings.lr_schedule)
         objective = OBJECTIVES.parse(settings.objective)
         self.epoch_size = self.train_images.epoch_size(settings.batch_size)
-        self.replays = getattr(objective, "replays", 1)
+        self.replays, self.steps_alone = getattr(objective, "replays", 1), getattr(objective, "steps_alone", 0)
         self.steps_per_epoch = self.replays * max(1, math.ceil(self.epoch_size / settings.batch_size))
         facts = self._facts()
         self.objective = begin(objective, facts)
@@ -200,8 +200,10 @@ class _Run:
             for place in range(done, self.steps_per_epoch):
                 started = time.perf_counter()
                 terms = self._step(self._batch_of(order, place // self.replays))
+                # Each kind of step has terms of its own, whose means are over the steps of its kind.
+                kind = self.steps_alone if self._alone(place) else self.replays - self.steps_alone
                 for name, value in terms.items():
-                    self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
+                    self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value * self.replays / kind
                 self.progress.seconds += time.perf_counter() - started
                 bar.update()
                 bar.set_postfix({name: f"{value:.3f}" for name, value in terms.items()}, refresh=False)
@@ -230,7 +232,8 @@ class _Run:
         loss = BatchLoss(self.graph, x, y, plan, settings, index)
         self.optimizer.zero_grad(set_to_none=True)
         perturbation = self.perturbation
-        if perturbation is None or plan.eps_fraction == 0 or moment.epoch < perturbation.start_epoch:
+        unperturbed = perturbation is None or moment.epoch < perturbation.start_epoch or self._alone(step)
+        if unperturbed or plan.eps_fraction == 0:
             perturbed, terms = Perturbed([], "after_step"), loss.backward()
         else:
             perturbed = Perturbed(perturbation(self.model, loss), perturbation.restore)
@@ -255,9 +258,15 @@ class _Run:
         fraction = self.eps_schedule(step, self.steps_per_epoch, self.settings.epochs)
         ramp = ramp_progress(self.eps_schedule, step, self.steps_per_epoch)
         noise = seeded(self.device, self.settings.seed, "attack", step)
+        if self._alone(step):
+            return StepPlan(self.objective, [], fraction, ramp, noise, moment=moment)
         if fraction == 0:
             return StepPlan(Natural(), self.regularizers, fraction, ramp, noise, moment=moment)
         return StepPlan(self.objective, self.regularizers, fraction, ramp, noise, self.weightings, self.active, moment)
+
+    def _alone(self, step: int) -> bool:
+        """Whether the step is the objective's alone."""
+        return step % self.replays < self.steps_alone
 
     def _check(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -60,18 +60,20 @@ TABLES = {  # source -> its rows
     "CTBench": """
         mnist_01_ibp_ctbench mnist_01_crown_ibp_ctbench mnist_01_sabr_ctbench mnist_01_taps_ctbench
         mnist_01_staps_ctbench mnist_01_mtl_ibp_ctbench mnist_01_cc_ibp_ctbench mnist_01_exp_ibp_ctbench
-        mnist_01_pgd_ctbench
+        mnist_01_pgd_ctbench mnist_01_edac_ctbench
         mnist_03_ibp_ctbench mnist_03_crown_ibp_ctbench mnist_03_sabr_ctbench mnist_03_taps_ctbench
         mnist_03_staps_ctbench mnist_03_mtl_ibp_ctbench mnist_03_pgd_ctbench
+        mnist_03_edac_ctbench
         cifar10_2_255_ibp_ctbench cifar10_2_255_crown_ibp_ctbench cifar10_2_255_sabr_ctbench
         cifar10_2_255_taps_ctbench cifar10_2_255_staps_ctbench cifar10_2_255_mtl_ibp_ctbench
-        cifar10_2_255_pgd_ctbench
+        cifar10_2_255_pgd_ctbench cifar10_2_255_edac_ctbench
         cifar10_8_255_ibp_ctbench cifar10_8_255_crown_ibp_ctbench cifar10_8_255_sabr_ctbench
         cifar10_8_255_taps_ctbench cifar10_8_255_staps_ctbench cifar10_8_255_mtl_ibp_ctbench
         cifar10_8_255_pgd_ctbench
         tinyimagenet_1_255_ibp_ctbench tinyimagenet_1_255_crown_ibp_ctbench tinyimagenet_1_255_sabr_ctbench
         tinyimagenet_1_255_taps_ctbench tinyimagenet_1_255_staps_ctbench tinyimagenet_1_255_mtl_ibp_ctbench
-        tinyimagenet_1_255_cc_ibp_ctbench tinyimagenet_1_255_exp_ibp_ctbench tinyimagenet_1_255_pgd_ctbench""",
+        tinyimagenet_1_255_cc_ibp_ctbench tinyimagenet_1_255_exp_ibp_ctbench tinyimagenet_1_255_pgd_ctbench
+        tinyimagenet_1_255_edac_ctbench""",
 }
 ROWS = [row for rows in TABLES.values() for row in rows.split()]
 ADVERSARIAL = {  # (clean, adversarial) of adversarial training, read at the source that the recipe names

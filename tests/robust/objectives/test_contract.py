@@ -160,9 +160,9 @@ def test_attacks_leave_no_gradient_behind_and_their_points_count_as_constants(na
 
 EXACT = {"natural", "pgd", "trades", "ibp", "shi_ibp", "crown_ibp", "sabr", "cc_ibp", "mtl_ibp"}
 EXACT |= {"fgsm_at", "fgsm_rs", "n_fgsm", "free_at", "beta", "fat", "gat", "pubdef", "smooth_comp_sum"}
-OTHER_LOSSES = {"mart", "sovr", "arow", "awr", "encouraging", "hat", "lat", "lbgat", "mtard", "srat"}
+OTHER_LOSSES = {"mart", "sovr", "arow", "awr", "edac", "encouraging", "hat", "lat", "lbgat", "mtard", "srat"}
 """At radius 0 these are the clean cross-entropy example by example; exp_ibp is it on the mean of the batch. Others
-have another loss of the label, a teacher, a term of the features, or a radius of their own. TAPS and STAPS are a
+have another loss of the label or none, a teacher, a term of the features, or a radius of their own. TAPS and STAPS are a
 product of two losses once the ramp has ended, and the clean cross-entropy before."""
 
 
