@@ -23,9 +23,9 @@ class EDAC:
     """Another objective with a step of its own before each of its steps, on the same images and by the same optimiser:
     the gradient of w std(z(x_adv)), the standard deviation over the K logits (in CTBench, Mao et al. 2025).
 
-    Everything is computed anew for the objective's step, the attack included. Adam's moments see both steps, and through
-    them w acts: a lone Adam step would not change with it. Regularisers, weightings and weight perturbations act on the
-    objective's steps only.
+    Everything is computed anew for the objective's step, the attack included. Adam's moments see both steps, and
+    through them w acts: a lone Adam step would not change with it. Regularisers, weightings and weight perturbations
+    act on the objective's steps only.
 
     Args:
         objective: of every other step.

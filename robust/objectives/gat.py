@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +28,13 @@ class GAT:
     how (Ghamizi et al. 2023).
 
     A jigsaw permutation of the sections, then a turn by a multiple of 90 degrees, both drawn for every image; then the
-    attack on the main task; then all tasks at the attacked image, with equal weights. The heads read the inputs of the
-    network's last layer. The paper's other weights of the tasks (MGDA and its like) and its curvature term are not
-    built.
+    attack on the main task; then all tasks at the attacked image. The heads read the inputs of the network's last
+    layer. The paper's curvature term is not built.
 
     Args:
+        weights: of the tasks. equal: 1 each. mgda: those of the shortest convex combination of the tasks' gradients in
+            the layers that they share, which no task's loss grows along (Desideri 2012; Sener & Koltun 2018). They sum
+            to 1 and count for the tasks' own last layers, too; of a micro_batch they are that part's.
         sections: of an image, a square number. permutations: number of them, drawn once. turns: 4, or 1 for none.
         seed: of permutations and heads.
         attack: inner search.
@@ -41,6 +45,7 @@ class GAT:
     sections: int = 16
     permutations: int = 10
     turns: int = 4
+    weights: Literal["equal", "mgda"] = "equal"
     seed: int = 0
     attack: Attack = method_field(ATTACKS, PGD(steps=10, step_size=0.125, keep="last", mode="keep"))
     statistics: BatchNormStatistics = "eval"
@@ -64,6 +69,7 @@ class _Active(Active):
         parameter = next(run.model.parameters())
         example = torch.zeros(1, *run.input_shape, dtype=parameter.dtype, device=parameter.device)
         (features,) = capture(run.model, example).steps[-2].shape
+        self.parameters_of_run = [p for p in run.model.parameters() if p.requires_grad]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(gat.seed)
             self.orders = torch.stack([torch.randperm(gat.sections) for _ in range(gat.permutations)])
@@ -88,11 +94,24 @@ class _Active(Active):
         x_adv = adversarial(seen, gat.attack, statistics=gat.statistics)
         logits, features = logits_and_features_at(seen, x_adv, gat.batch_norm)
         views.logits["adversarial"], views.moved = logits, views.moved or seen.moved
-        return {
+        terms = {
             "adversarial": cross_entropy(logits, views.y),
             "jigsaw": cross_entropy(self.heads["jigsaw"](features), order),
             "rotation": cross_entropy(self.heads["rotation"](features), turn),
         }
+        return terms if gat.weights == "equal" else self._balanced(terms)
+
+    def _balanced(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The terms times the weights of MGDA."""
+        found = [
+            torch.autograd.grad(term.mean(), self.parameters_of_run, retain_graph=True, allow_unused=True)
+            for term in terms.values()
+        ]
+        # What all tasks reach is shared; the network's last layer is the main task's own.
+        shared = [gradients for gradients in zip(*found, strict=True) if all(g is not None for g in gradients)]
+        rows = [torch.cat([gradient.flatten() for gradient in row]) for row in zip(*shared, strict=True)]
+        weights = shortest_combination(torch.stack(rows))
+        return {name: weight * term for weight, (name, term) in zip(weights, terms.items(), strict=True)}
 
     def _shown(self, views: Views) -> tuple[Tensor, Tensor, Tensor]:
         """(images cut and turned, numbers of their permutations `[B]`, of quarter turns `[B]`)."""
@@ -100,6 +119,40 @@ class _Active(Active):
         counts = x.new_tensor([self.gat.permutations, self.gat.turns])
         order, turn = (counts * uniform((len(x), 2), x, views.generator)).long().unbind(1)
         return turned(jigsaw(x, self.orders[order]), turn), order, turn
+
+
+def shortest_combination(vectors: Tensor) -> Tensor:
+    """Weights `[T]`, not negative and of sum 1, for which the sum of the weighted vectors `[T, n]` is shortest.
+
+    For every set of vectors the shortest point of the plane through them is that of a small linear system; the shortest
+    of those whose weights are not negative is the solution. Meant for a handful of vectors.
+    """
+    products = (vectors @ vectors.T).double().cpu()
+    products = products / products.diagonal().max().clamp(min=torch.finfo(torch.float64).tiny)
+    count = len(products)
+    best, least = products.new_zeros(count), math.inf
+    for rows in _subsets(count):
+        weights = products.new_zeros(count)
+        weights[rows] = _on_plane(products[rows][:, rows])
+        length = float(weights @ products @ weights)
+        if bool((weights >= 0).all()) and length < least:
+            best, least = weights, length
+    return best.to(vectors)
+
+
+def _subsets(count: int) -> list[list[int]]:
+    numbers = range(count)
+    return [list(some) for size in range(1, count + 1) for some in itertools.combinations(numbers, size)]
+
+
+def _on_plane(products: Tensor) -> Tensor:
+    """Weights `[S]` of sum 1 that make w' P w least, from w' P + m = 0; P `[S, S]` may be singular."""
+    size = len(products)
+    system = products.new_ones(size + 1, size + 1)
+    system[:size, :size], system[size, size] = products, 0.0
+    right = products.new_zeros(size + 1)
+    right[size] = 1.0
+    return torch.linalg.lstsq(system, right, driver="gelsd").solution[:size]
 
 
 def jigsaw(x: Tensor, order: Tensor) -> Tensor:

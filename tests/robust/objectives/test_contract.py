@@ -85,6 +85,7 @@ def test_text_and_value_convert_without_loss(name):
                 "bounds_statistics": "adversarial",
                 "batch_norm": "own" if value == "clean" else "clean",
                 "teacher": "cnn7:width=3",
+                "weights": "mgda",
             }
             changes[field.name] = others[field.name]
         elif isinstance(value, bool):
@@ -162,8 +163,8 @@ EXACT = {"natural", "pgd", "trades", "ibp", "shi_ibp", "crown_ibp", "sabr", "cc_
 EXACT |= {"fgsm_at", "fgsm_rs", "n_fgsm", "free_at", "beta", "fat", "gat", "pubdef", "smooth_comp_sum"}
 OTHER_LOSSES = {"mart", "sovr", "arow", "awr", "edac", "encouraging", "hat", "lat", "lbgat", "mtard", "srat"}
 """At radius 0 these are the clean cross-entropy example by example; exp_ibp is it on the mean of the batch. Others
-have another loss of the label or none, a teacher, a term of the features, or a radius of their own. TAPS and STAPS are a
-product of two losses once the ramp has ended, and the clean cross-entropy before."""
+have another loss of the label or none, a teacher, a term of the features, or a radius of their own. TAPS and STAPS are
+a product of two losses once the ramp has ended, and the clean cross-entropy before."""
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in OTHER_LOSSES])

@@ -9,7 +9,7 @@ from torch import nn
 from attacks.threat import LinfBall
 from certify.graph import capture
 from robust.active import RunFacts
-from robust.objectives.gat import GAT, jigsaw, turned
+from robust.objectives.gat import GAT, jigsaw, shortest_combination, turned
 from robust.views import Views
 from tests.robust.objectives import oracle
 
@@ -88,3 +88,60 @@ def test_images_that_do_not_fit_are_refused():
         begun(GAT(sections=8), small())
     with pytest.raises(ValueError, match="gat: 4x8 images cannot be turned; set turns=1"):
         begun(GAT(sections=4), small(), (1, 4, 8))
+
+
+def test_the_shortest_combination_by_hand():
+    def found(*vectors):
+        return shortest_combination(torch.tensor(vectors, dtype=torch.float64)).tolist()
+
+    assert found((3.0, 0.0), (0.0, 1.0)) == pytest.approx([0.1, 0.9])
+    assert found((1.0, 1.0), (-2.0, -2.0)) == pytest.approx([2 / 3, 1 / 3])
+    assert found((4.0, 1.0), (1.0, 0.0)) == pytest.approx([0.0, 1.0])
+    assert found((2.0, 0.0), (0.0, 2.0), (5.0, 5.0)) == pytest.approx([0.5, 0.5, 0.0])
+    assert found((0.0, 0.0), (1.0, 0.0)) == pytest.approx([1.0, 0.0])
+    assert found((7.0, -1.0)) == pytest.approx([1.0])
+    assert sum(found((1.0, 2.0), (1.0, 2.0))) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_the_shortest_combination_turns_away_from_no_vector_and_none_drawn_is_shorter(count):
+    generator = torch.Generator().manual_seed(count)
+    for size in (1, 2, 20):
+        for _ in range(10):
+            vectors = torch.randn(count, size, dtype=torch.float64, generator=generator)
+            weights = shortest_combination(vectors)
+            assert (weights >= 0).all() and float(weights.sum()) == pytest.approx(1.0)
+            shortest = weights @ vectors
+            assert (vectors @ shortest >= shortest.square().sum() - 1e-9).all()
+            drawn = torch.rand(2000, count, dtype=torch.float64, generator=generator).log().neg()
+            lengths = (drawn / drawn.sum(1, keepdim=True) @ vectors).norm(dim=1)
+            assert shortest.norm() <= lengths.min() + 1e-9
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_mgda_weighs_the_tasks_by_their_gradients_in_the_shared_layers(batch_norm):
+    torch.manual_seed(0)
+    norm = [nn.BatchNorm1d(6)] if batch_norm else []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(32, 6), *norm, nn.ReLU(), nn.Linear(6, 3)).double()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand((8, *SHAPE), dtype=torch.float64, generator=generator)
+    y = torch.randint(3, (8,), generator=generator)
+    settings = {"sections": 4, "permutations": 5, "attack": oracle.Fixed(), "seed": 1}
+
+    def terms(**more):
+        active = begun(GAT(**settings, **more), model)
+        return active(Views(capture(model, x), x, y, LinfBall(0.05), torch.Generator().manual_seed(0)))
+
+    equal, balanced = terms(), terms(weights="mgda")
+    shared = [p for name, p in model.named_parameters() if not name.startswith(str(len(model) - 1))]
+
+    def gradient(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, shared, retain_graph=True)])
+
+    weights = shortest_combination(torch.stack([gradient(term.mean()) for term in equal.values()]))
+    assert float(weights.min()) < 0.9 and sorted(weights.tolist())[1] > 0.01
+    for weight, name in zip(weights, equal, strict=True):
+        torch.testing.assert_close(balanced[name], weight * equal[name])
+    step = gradient(oracle.loss_of(balanced))
+    for term in equal.values():
+        assert gradient(term.mean()) @ step >= step.square().sum() - 1e-9
