@@ -231,9 +231,8 @@ class _Run:
         plan = self._plan(moment)
         loss = BatchLoss(self.graph, x, y, plan, settings, index)
         self.optimizer.zero_grad(set_to_none=True)
-        perturbation = self.perturbation
-        unperturbed = perturbation is None or moment.epoch < perturbation.start_epoch or self._alone(step)
-        if unperturbed or plan.eps_fraction == 0:
+        perturbation = None if self._alone(step) else self.perturbation
+        if perturbation is None or plan.eps_fraction == 0 or moment.epoch < perturbation.start_epoch:
             perturbed, terms = Perturbed([], "after_step"), loss.backward()
         else:
             perturbed = Perturbed(perturbation(self.model, loss), perturbation.restore)

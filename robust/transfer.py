@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from attacks.mode import attack_mode
 from attacks.threat import Ball
 from certify.precision import exact_arithmetic
 from certify.verdict import logits_of
+from robust.images import Images
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,31 @@ def transfer(
         accuracy=tuple(tuple(_share(flags) for flags in row) for row in correct.values()),
         examples=len(x),
     )
+
+
+def stored_points(
+    model: nn.Module,
+    images: Images,
+    ball: Ball,
+    attack: Attack,
+    copies: int,
+    batch_size: int = 100,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Points of the model around all images, `copies` of each, in whole grey levels: uint8 `[copies, N, C, H, W]`.
+
+    A pixel moves by at most half a grey level when it is rounded; an linf ball of whole grey levels around images of
+    grey levels is never left. The copies differ in the attack's seed.
+    """
+    found = []
+    for copy in range(copies):
+        seeded = replace(attack, seed=copy)  # type: ignore[type-var]
+        for rows in torch.arange(len(images)).split(batch_size):
+            x, y = images.batch(rows, device)
+            with attack_mode(model), exact_arithmetic():
+                points = ball.project(seeded(model, x, y, ball, index=rows), x)
+            found.append((255 * points).round().to("cpu", torch.uint8))
+    return torch.cat(found).unflatten(0, (copies, len(images)))
 
 
 def _attacked(model: nn.Module, x: Tensor, y: Tensor, ball: Ball, attack: Attack, rows: Tensor) -> Tensor:

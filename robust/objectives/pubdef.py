@@ -23,9 +23,9 @@ class PubDef:
     """Half cross-entropy at x, half at a point that fools a public network drawn at random for each image
     (Sitawarin et al. 2024).
 
-    The trained network is not attacked, and not robust to attacks that see it. The authors store four points per image
-    and source before training; here each is searched when it is needed. Their weights over sources, worst sources and
-    dual loss are not built.
+    The trained network is not attacked, and not robust to attacks that see it. Here each point is searched when it is
+    needed. The authors store four per image and source before training; that is the objective `natural` on the data set
+    `transferred`. Their weights over sources, worst sources and dual loss are not built.
 
     Args:
         sources: checkpoints of the public networks, one of each kind, such as standard, linf- and l2-robust.
