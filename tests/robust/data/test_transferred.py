@@ -65,12 +65,12 @@ def test_stored_points_stay_in_the_ball_differ_and_fool_their_network():
     with torch.no_grad():
         labels = model(pixels / 255).argmax(1)
     images = MemoryImages(pixels, labels)
-    points = stored_points(model, images, LinfBall(9 / 255), PGD(steps=3, step_size=0.3, keep="last"), 2, batch_size=7)
+    points = stored_points(model, images, LinfBall(40 / 255), PGD(steps=3, step_size=0.4, keep="last"), 2, batch_size=7)
     assert points.shape == (2, *pixels.shape) and not torch.equal(*points)
-    assert int((points.int() - pixels.int()).abs().max()) <= 9
+    assert int((points.int() - pixels.int()).abs().max()) == 40
     with torch.no_grad():
         fooled = [(model(some / 255).argmax(1) != labels).double().mean() for some in points]
-    assert min(fooled) > 0.3
+    assert min(fooled) > 0.2
 
 
 def test_from_a_checkpoint_to_a_run_on_its_points(tmp_path: Path):

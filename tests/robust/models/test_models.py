@@ -6,6 +6,7 @@ from torch import nn
 
 from certify.graph import capture
 from robust.model import MODELS
+from robust.models.ensemble import Ensemble
 from robust.normalize import Normalize
 
 SMALL = {  # the same structure at a size that a test can afford
@@ -41,11 +42,12 @@ def test_pixels_become_logits(text, shape, classes):
 
 
 def test_first_layer_normalises_and_logits_follow_a_linear_layer(text):
-    model = build(text)
-    assert isinstance(model, nn.Sequential)
-    assert isinstance(model[0], Normalize)
-    assert model[0].mean.flatten().tolist() == [0.5, 0.5, 0.5]
-    assert isinstance(model[-1], nn.Linear)
+    whole = build(text)
+    for model in whole.members if isinstance(whole, Ensemble) else [whole]:
+        assert isinstance(model, nn.Sequential)
+        assert isinstance(model[0], Normalize)
+        assert model[0].mean.flatten().tolist() == [0.5, 0.5, 0.5]
+        assert isinstance(model[-1], nn.Linear)
 
 
 def test_a_traced_network_computes_the_same_logits(text):
@@ -138,3 +140,13 @@ def test_the_swish_wide_resnet_has_silu_everywhere_and_its_own_momentum():
     assert {module.momentum for module in net.modules() if isinstance(module, nn.BatchNorm2d)} == {0.01}
     x = torch.rand(2, 3, 8, 8)
     torch.testing.assert_close(capture(net, x).snapshot()(x), net.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_ensemble_answers_with_the_mean_of_different_members():
+    model = build("ensemble:model=(cnn3:width=2),members=3").eval()
+    x = torch.rand(2, 3, 32, 32)
+    each = [member(x) for member in model.members]
+    assert not torch.equal(each[0], each[1])
+    torch.testing.assert_close(model(x), torch.stack(each).mean(0))
+    with pytest.raises(ValueError, match="ensemble: members=0: expected at least 1"):
+        build("ensemble:members=0")
