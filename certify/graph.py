@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,11 @@ class Snapshot:
         if isinstance(last.op, Linear) and last.op.weight.dim() == 2 and not readers:
             return Snapshot((*front, Node("spec", last.op.rows(spec), last.inputs, shape)))
         return Snapshot((*self.nodes, Node("spec", Linear(spec), (len(self.nodes) - 1,), shape)))
+
+    def select(self, index: Tensor) -> Snapshot:
+        """The network for members of the batch, with repetitions, where layers have rows per example."""
+        nodes = (replace(n, op=n.op.select(index)) if isinstance(n.op, Linear) else n for n in self.nodes)
+        return Snapshot(tuple(nodes))
 
     def without_gradient(self) -> Snapshot:
         """The same ops with all tensors detached from the parameters."""

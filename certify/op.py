@@ -95,13 +95,13 @@ class Op:
 
 
 class AffineOp(Op):
-    """An affine map of one input: `forward`, `absolute` (|W| r), `transpose` (A W) and `constant` (A b)."""
+    """An affine map of one input: `forward`, `transpose` (A W), `constant` (A b), `linear_part` and `absolute_part`."""
 
     is_linear = True
 
     def absolute(self, radius: Tensor) -> Tensor:
         """The linear part with absolute weights, applied to a radius `[B, *in]`."""
-        raise NotImplementedError
+        return self.absolute_part().forward(radius)
 
     def transpose(self, A: Tensor) -> Tensor:
         """`A W`, `[R, B, *in]`."""
@@ -116,12 +116,12 @@ class AffineOp(Op):
         return self.forward(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
 
     def linear_part(self) -> AffineOp:
-        """The op without its shift; itself for a linear map."""
-        return self
+        """The op without its shift."""
+        raise UnsupportedOp(f"{type(self).__name__} has no rule for the bounds of its derivative: no linear_part")
 
     def absolute_part(self) -> AffineOp:
-        """The linear part with absolute weights; itself for a linear map whose weights are not negative."""
-        return self
+        """The linear part with absolute weights."""
+        raise UnsupportedOp(f"{type(self).__name__} has no rule for intervals: no absolute_part")
 
     def interval(self, *inputs: Interval) -> Interval:
         (box,) = inputs
@@ -134,6 +134,16 @@ class AffineOp(Op):
 
     def gradient(self, boxes: Sequence[AnyBox | None]) -> list[Op]:
         return [Adjoint(self.linear_part(), self.absolute_part())]
+
+
+class NonNegativeOp(AffineOp):
+    """A linear map without shift and without negative weights: subclasses give `forward` and `transpose`."""
+
+    def linear_part(self) -> AffineOp:
+        return self
+
+    def absolute_part(self) -> AffineOp:
+        return self
 
 
 @dataclass(frozen=True)

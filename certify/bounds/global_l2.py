@@ -22,11 +22,8 @@ from certify.op import AffineOp, Op, UnsupportedOp
 from certify.ops.affine import Conv2d, Linear
 from certify.ops.circular_conv import CircularConv2d
 from certify.ops.exponential import Exponential
-from certify.ops.max_pool import MaxPool2d
 from certify.ops.merge import Add, Concat
-from certify.ops.min_max import MinMax
 from certify.ops.relu import ReLU
-from certify.ops.s_shaped import SShaped
 from certify.precision import ALLOWANCES, exact_arithmetic, rounding_at_points
 from certify.region import Region
 from certify.spec import margin_spec
@@ -133,23 +130,7 @@ def _constant(op: Op, inputs: list[Tensor]) -> Tensor:
         return inputs[0] + inputs[1]
     if isinstance(op, Concat):
         return torch.stack(inputs).norm()
-    if isinstance(op, ReLU | MinMax):
-        return inputs[0]
-    if isinstance(op, SShaped):
-        return inputs[0] / 4 if op.name == "sigmoid" else inputs[0]
-    if isinstance(op, MaxPool2d):
-        return inputs[0] * math.sqrt(math.prod(_windows_per_pixel(op)))
-    if isinstance(op, AffineOp):
-        return inputs[0] * _norm(op)
-    raise UnsupportedOp(f"no l2 Lipschitz constant of {type(op).__name__}")
-
-
-def _windows_per_pixel(pool: MaxPool2d) -> list[int]:
-    """How many windows share a pixel at most, along each axis: |max - max'| is at most the window's greatest change."""
-    return [
-        math.ceil(k / stride) if dilation == 1 else k
-        for k, stride, dilation in zip(pool.kernel_size, pool.stride, pool.dilation, strict=True)
-    ]
+    return inputs[0] * (_norm(op) if isinstance(op, AffineOp) else op.lipschitz("l2"))
 
 
 def _potential_step(nodes: Sequence[Node], node: Node) -> Linear | Conv2d | None:

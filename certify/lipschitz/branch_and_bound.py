@@ -249,8 +249,7 @@ def _split_inputs(domains: Domains) -> list[Domains]:
 
 def _region(problem: Problem, domains: Domains) -> Region:
     region = problem.region
-    example = domains.owner // problem.rows.shape[1]
-    whole = region.select(example)
+    whole = region.select(problem.examples(domains.owner))
     center = (domains.lo + domains.hi) / 2
     radius = torch.maximum(domains.hi - center, center - domains.lo)
     return Region(center, radius, center if whole.ball is None else whole.x, whole.ball)
@@ -258,9 +257,9 @@ def _region(problem: Problem, domains: Domains) -> Region:
 
 def _tightened(problem: Problem, domains: Domains) -> Domains:
     """The domains that are not seen to be empty, with boxes that are cut by the half-spaces of their signs."""
-    lo, hi, empty = _clipped(_half_spaces(problem.snapshot, domains), domains)
+    lo, hi, empty = _clipped(_half_spaces(problem, domains), domains)
     domains = replace(domains, lo=lo, hi=hi).select(~empty)
-    boxes = intermediate_boxes(problem.snapshot, _region(problem, domains), domains.boxes)
+    boxes = intermediate_boxes(problem.network(domains.owner), _region(problem, domains), domains.boxes)
     empty = torch.zeros(len(domains), dtype=torch.bool, device=lo.device)
     for place, box in boxes.items():
         slack = THINNEST * (box.ub - box.lb).abs().flatten(1).amax(1)
@@ -269,9 +268,9 @@ def _tightened(problem: Problem, domains: Domains) -> Domains:
     return replace(domains, boxes=boxes).select(~empty)
 
 
-def _half_spaces(snapshot: Snapshot, domains: Domains) -> HalfSpaces:
+def _half_spaces(problem: Problem, domains: Domains) -> HalfSpaces:
     """What the signs say about the input: for a sign s, CROWN's line below -s z is at most 0."""
-    found = []
+    snapshot, found = problem.network(domains.owner), []
     for place, sign in domains.signs.items():
         if bool(sign.any()):
             rows = Rows.of(sign != 0)
@@ -312,10 +311,9 @@ def _clipped(half_spaces: HalfSpaces, domains: Domains) -> tuple[Tensor, Tensor,
 
 def _bounded(search: State, domains: Domains) -> Domains:
     """The domains with their bounds and scores."""
-    boxes = _strict(domains)
-    rows = search.rows[domains.owner]
-    found = row_norms(search.problem.snapshot, boxes, rows, search.problem.norm, "crown")
-    score = _scores(search.problem.snapshot, domains.signs, found.slack)
+    problem, rows = search.problem, search.rows[domains.owner]
+    found = row_norms(problem.network(domains.owner), _strict(domains), rows, problem.norm, "crown")
+    score = _scores(problem.snapshot, domains.signs, found.slack)
     return replace(domains, ub=torch.minimum(domains.ub, found.ub), score=score)
 
 
@@ -349,14 +347,14 @@ def _scores(snapshot: Snapshot, signs: Signs, slack: dict[int, Tensor]) -> dict[
 
 def _nonempty(search: State, domains: Domains) -> Domains:
     """The domains without those whose half-spaces leave no interior; what is attained deepest in the others counts."""
-    half_spaces = _half_spaces(search.problem.snapshot, domains)
+    problem = search.problem
+    half_spaces = _half_spaces(problem, domains)
     depth, point = deepest_points(half_spaces, domains.lo.flatten(1), domains.hi.flatten(1))
     domains, point = domains.select(depth > THINNEST), point[depth > THINNEST].view(-1, *domains.lo.shape[1:])
-    problem = search.problem
-    example = domains.owner // problem.rows.shape[1]
+    example = problem.examples(domains.owner)
     # The box is rounded outward and may reach beyond an l2 or l1 ball; what holds at a point of the ball counts.
     point = problem.ball.select(example).project(point, problem.x[example])
-    value = proven_norms(problem.snapshot, point, search.rows[domains.owner], problem.norm)
+    value = proven_norms(problem.snapshot.select(example), point, search.rows[domains.owner], problem.norm)
     search.lb.scatter_reduce_(0, domains.owner, value, "amax")
     return domains
 

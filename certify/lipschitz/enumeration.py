@@ -78,7 +78,7 @@ def _enumerated(problem: Problem, i: int, boxes: Boxes, best: Tensor, most: int)
         open_neurons = ((boxes[place].lb <= 0) & (boxes[place].ub >= 0)).flatten().nonzero().flatten()
         if not len(open_neurons):
             continue
-        A, c = _affine(problem.snapshot, place, open_neurons, pieces)
+        A, c = _affine(_network(problem, i, len(pieces)), place, open_neurons, pieces)
         for number, neuron in enumerate(open_neurons.tolist()):
             pieces, kept = _divided(pieces, place, neuron, A[number], c[number], center, radius)
             pieces, best, hopeful = _hopeful(problem, i, pieces, best)
@@ -88,6 +88,11 @@ def _enumerated(problem: Problem, i: int, boxes: Boxes, best: Tensor, most: int)
             if len(pieces) > most:
                 raise ValueError(f"more than {most} linear pieces at a time; use bab, or give a greater `most`")
     return best
+
+
+def _network(problem: Problem, i: int, count: int) -> Snapshot:
+    """The network for `count` cells of one example."""
+    return problem.snapshot.select(torch.full((count,), i, device=problem.x.device))
 
 
 def _affine(snapshot: Snapshot, place: int, neurons: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:
@@ -133,10 +138,10 @@ def _hopeful(problem: Problem, i: int, pieces: Pieces, best: Tensor) -> tuple[Pi
     if not count:
         return pieces, best, torch.zeros(0, dtype=torch.long)
     owner = torch.arange(count).repeat_interleave(len(rows))
-    many = rows.repeat(count, 1)
+    many, network = rows.repeat(count, 1), _network(problem, i, count * len(rows))
     points = pieces.point.view(-1, *problem.x.shape[1:])[owner]
-    value = proven_norms(problem.snapshot, points, many, problem.norm).view(count, -1)
+    value = proven_norms(network, points, many, problem.norm).view(count, -1)
     best = torch.cat([best[None], value]).amax(0)
-    ub = row_norms(problem.snapshot, select(pieces.boxes, owner), many, problem.norm, "crown").ub.view(count, -1)
+    ub = row_norms(network, select(pieces.boxes, owner), many, problem.norm, "crown").ub.view(count, -1)
     hopeful = (ub > best * (1 + THINNEST)).any(1).nonzero().flatten()
     return pieces.select(hopeful), best, hopeful

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -13,10 +12,8 @@ from certify.bounds.alpha_crown import tightened_boxes
 from certify.bounds.crown import Boxes, intermediate_boxes
 from certify.bounds.interval import interval_walk
 from certify.bounds.jacobian import PROPAGATIONS, Propagation, entry_bounds, row_norms
-from certify.graph import Snapshot
 from certify.lipschitz.problem import Problem
-from certify.op import Box, Op
-from certify.ops.affine import Linear
+from certify.op import Box
 
 NUMBERS = 2**24
 """Numbers in the widest layer, over all problems that are bounded at a time; CROWN's rows have their own budget."""
@@ -42,7 +39,7 @@ def crown(problem: Problem, states: States = "crown", iterations: int | None = N
 def _bounded(problem: Problem, method: Propagation, states: States, iterations: int | None) -> tuple[Tensor, Tensor]:
     boxes = state_boxes(problem, states, iterations)
     ub = [
-        row_norms(for_problems(problem.snapshot, owner), select(boxes, owner), rows, problem.norm, method).ub
+        row_norms(problem.snapshot.select(owner), select(boxes, owner), rows, problem.norm, method).ub
         for owner, rows in _problems(problem)
     ]
     return torch.cat(ub).view(problem.rows.shape[:2]), problem.attained()
@@ -53,7 +50,10 @@ def entries(problem: Problem, method: Propagation, states: States = "crown", ite
     if method not in PROPAGATIONS:
         raise ValueError(f"no method {method!r} for bounds of entries; known: {', '.join(PROPAGATIONS)}")
     boxes = state_boxes(problem, states, iterations)
-    found = [entry_bounds(problem.snapshot, select(boxes, owner), rows, method) for owner, rows in _problems(problem)]
+    found = [
+        entry_bounds(problem.snapshot.select(owner), select(boxes, owner), rows, method)
+        for owner, rows in _problems(problem)
+    ]
     shape = (*problem.rows.shape[:2], *problem.x.shape[1:])
     return Box(*(torch.cat(side).view(shape) for side in zip(*found, strict=True)))
 
@@ -74,18 +74,6 @@ def state_boxes(problem: Problem, states: States, iterations: int | None = None)
 def select(boxes: Boxes, index: Tensor) -> Boxes:
     """Boxes of some members of the batch, with repetitions."""
     return {place: Box(box.lb[index], box.ub[index]) for place, box in boxes.items()}
-
-
-def for_problems(snapshot: Snapshot, owner: Tensor) -> Snapshot:
-    """The network for a batch of problems, where a specification has rows per example."""
-    return Snapshot(tuple(replace(node, op=_of(node.op, owner)) for node in snapshot.nodes))
-
-
-def _of(op: Op, owner: Tensor) -> Op:
-    if not isinstance(op, Linear) or op.weight.dim() == 2:
-        return op
-    shared = op.bias is None or op.bias.dim() == 1
-    return Linear(op.weight[owner], op.bias if shared else op.bias[owner])  # type: ignore[index]
 
 
 def _problems(problem: Problem) -> Iterator[tuple[Tensor, Tensor]]:

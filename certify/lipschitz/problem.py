@@ -36,6 +36,14 @@ class Problem:
     def region(self) -> Region:
         return Region.around(self.x, self.ball)
 
+    def examples(self, owner: Tensor) -> Tensor:
+        """The example of each of `[N]` row numbers in 0 .. B * R - 1."""
+        return owner // self.rows.shape[1]
+
+    def network(self, owner: Tensor) -> Snapshot:
+        """The network for a batch of N row numbers."""
+        return self.snapshot.select(self.examples(owner))
+
     def attained(self) -> Tensor:
         """Lower bounds `[B, R]` by search."""
         return attained_norms(self.snapshot, self.x, self.rows, self.ball, self.norm, self.search)[0]

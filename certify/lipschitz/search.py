@@ -55,7 +55,7 @@ def attained_norms(
     for some in _portions(search.samples - 1, batch * _width(snapshot)):
         many = torch.arange(batch, device=x.device).repeat(some)
         found = ball.select(many).sample(x[many], generator)
-        values = gradient_norms(snapshot, found, rows[many], norm).view(some, batch * count)
+        values = gradient_norms(snapshot.select(many), found, rows[many], norm).view(some, batch * count)
         best, points = _better(best, points, values, found.view(some, *x.shape)[:, owner])
     lo, hi = ball.box(x)
     for stage in range(search.rounds):
@@ -64,11 +64,13 @@ def attained_norms(
             many = owner.repeat(some)
             noise = torch.randn(some * len(owner), *x.shape[1:], generator=generator, dtype=x.dtype, device=x.device)
             found = ball.select(many).project(points.repeat(some, *[1] * (x.dim() - 1)) + size[many] * noise, x[many])
-            values = gradient_norms(snapshot, found, flat.repeat(some, 1).unsqueeze(1), norm).view(some, -1)
+            values = gradient_norms(snapshot.select(many), found, flat.repeat(some, 1).unsqueeze(1), norm).view(
+                some, -1
+            )
             best, points = _better(best, points, values, found.unflatten(0, (some, -1)))
     at_once = max(1, NUMBERS // _width(snapshot))
-    parts = zip(points.split(at_once), flat.split(at_once), strict=True)
-    proven = torch.cat([proven_norms(snapshot, some, some_rows, norm) for some, some_rows in parts])
+    parts = zip(owner.split(at_once), points.split(at_once), flat.split(at_once), strict=True)
+    proven = torch.cat([proven_norms(snapshot.select(some), at, of, norm) for some, at, of in parts])
     return proven.view(batch, count), points.unflatten(0, (batch, count))
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certify.interval import BallImage, Interval
-from certify.op import RULES, AffineOp, Call, Op, Traced
+from certify.op import RULES, AffineOp, Call, NonNegativeOp, Op, Traced
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,6 @@ class Linear(AffineOp):
             return super().each(rows)
         out = torch.einsum("bmn,rbn->rbm", self.weight, rows)
         return out if self.bias is None else out + self.bias
-
-    def absolute(self, radius: Tensor) -> Tensor:
-        return self.absolute_part().forward(radius)
 
     def linear_part(self) -> AffineOp:
         return replace(self, bias=None)
@@ -64,6 +61,13 @@ class Linear(AffineOp):
         if self.bias is None:
             return A.new_zeros(A.shape[:2])
         return (A * self.bias).flatten(2).sum(-1)
+
+    def select(self, index: Tensor) -> Linear:
+        """The layer for members of the batch, with repetitions; itself where all examples share their rows."""
+        if self.weight.dim() == 2:
+            return self
+        shared = self.bias is None or self.bias.dim() == 1
+        return Linear(self.weight[index], self.bias if shared else self.bias[index])  # type: ignore[index]
 
     def rows(self, spec: Tensor) -> Linear:
         """The layer followed by `spec` `[B, R, m]`, as one layer with rows per example."""
@@ -101,9 +105,6 @@ class Conv2d(AffineOp):
             and x.device.type == "cpu"
             and not (self.bias is not None and self.bias.requires_grad)
         )
-
-    def absolute(self, radius: Tensor) -> Tensor:
-        return self.absolute_part().forward(radius)
 
     def linear_part(self) -> AffineOp:
         return replace(self, bias=None)
@@ -286,16 +287,13 @@ def _zero_pad(layer: nn.ZeroPad2d, call: Call) -> Op:
 
 
 @dataclass(frozen=True)
-class Pad(AffineOp):
+class Pad(NonNegativeOp):
     """Zero padding of the last two axes: (left, right, top, bottom), none negative."""
 
     padding: tuple[int, ...]
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return F.pad(inputs[0], self.padding)
-
-    def absolute(self, radius: Tensor) -> Tensor:
-        return self.forward(radius)
 
     def transpose(self, A: Tensor) -> Tensor:
         return F.pad(A, tuple(-p for p in self.padding))

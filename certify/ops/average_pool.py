@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from certify.op import RULES, AffineOp, Call, Op
+from certify.op import RULES, Call, NonNegativeOp, Op
 
 
 @dataclass(frozen=True)
-class Average(AffineOp):
+class Average(NonNegativeOp):
     """A linear map with non-negative weights, given as a function; its transpose comes from autograd."""
 
     function: Callable[[Tensor], Tensor]
@@ -22,9 +22,6 @@ class Average(AffineOp):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.function(inputs[0])
-
-    def absolute(self, radius: Tensor) -> Tensor:
-        return self.function(radius)
 
     def transpose(self, A: Tensor) -> Tensor:
         rows, batch = A.shape[:2]

@@ -31,14 +31,11 @@ class Exponential(AffineOp):
             total = total + power
         return total if self.bias is None else total + self.bias.view(-1, 1, 1)
 
-    def absolute(self, radius: Tensor) -> Tensor:
-        # No less than the absolute values of the sum, which would take a dense matrix.
-        return self.absolute_part().forward(radius)
-
     def linear_part(self) -> AffineOp:
         return replace(self, bias=None)
 
     def absolute_part(self) -> AffineOp:
+        # No less than the absolute values of the sum, which would take a dense matrix.
         return replace(self, weight=self.weight.abs(), bias=None)
 
     def transpose(self, A: Tensor) -> Tensor:

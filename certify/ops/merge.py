@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from certify.interval import Interval
-from certify.op import RULES, AffineOp, AnyBox, Call, Op, Traced
+from certify.op import RULES, AnyBox, Call, NonNegativeOp, Op, Traced
 from certify.ops.affine import Scale, add_constant, subtract_constant
 from certify.ops.reshape import Identity
 
@@ -66,7 +66,7 @@ class Concat(Op):
 
 
 @dataclass(frozen=True)
-class Piece(AffineOp):
+class Piece(NonNegativeOp):
     """`size` entries from `start` on along axis `dim` (batch axis included in the count), of `total` ones."""
 
     dim: int
@@ -76,9 +76,6 @@ class Piece(AffineOp):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return inputs[0].narrow(self.dim, self.start, self.size)
-
-    def absolute(self, radius: Tensor) -> Tensor:
-        return self.forward(radius)
 
     def transpose(self, A: Tensor) -> Tensor:
         shape = [*A.shape[: self.dim + 1], self.total, *A.shape[self.dim + 2 :]]

@@ -76,9 +76,13 @@ class ReLU(Activation):
     def gradient(self, boxes: Sequence[AnyBox | None]) -> list[Op]:
         (box,) = boxes
         assert box is not None
+        return [self.gate(box)]
+
+    def gate(self, box: AnyBox) -> Gate:
+        """The slopes at the points of a box."""
         # Strict signs: at 0 Clarke's set holds both slopes and all between. A box of nan stays open.
         a = torch.full_like(box.lb, self.negative_slope)
-        return [Gate(torch.where(box.lb > 0, 1.0, a), torch.where(box.ub < 0, a, 1.0))]
+        return Gate(torch.where(box.lb > 0, 1.0, a), torch.where(box.ub < 0, a, 1.0))
 
     def lipschitz(self, norm: str) -> float:
         return 1.0

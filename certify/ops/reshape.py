@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from certify.interval import Interval
-from certify.op import RULES, AffineOp, Call, Op
+from certify.op import RULES, Call, NonNegativeOp, Op
 
 
 @dataclass(frozen=True)
-class Reshape(AffineOp):
+class Reshape(NonNegativeOp):
     """Another shape for each example, order kept."""
 
     in_shape: tuple[int, ...]
@@ -20,9 +20,6 @@ class Reshape(AffineOp):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return inputs[0].reshape(-1, *self.out_shape)
-
-    def absolute(self, radius: Tensor) -> Tensor:
-        return self.forward(radius)
 
     def interval(self, *inputs: Interval) -> Interval:
         (box,) = inputs
@@ -38,7 +35,7 @@ class Reshape(AffineOp):
 
 
 @dataclass(frozen=True)
-class Permute(AffineOp):
+class Permute(NonNegativeOp):
     """Axes of each example in another order; `order` includes the batch axis 0 in front."""
 
     order: tuple[int, ...]
@@ -46,23 +43,17 @@ class Permute(AffineOp):
     def forward(self, *inputs: Tensor) -> Tensor:
         return inputs[0].permute(self.order)
 
-    def absolute(self, radius: Tensor) -> Tensor:
-        return self.forward(radius)
-
     def transpose(self, A: Tensor) -> Tensor:
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
         return A.permute(0, *(axis + 1 for axis in back))
 
 
 @dataclass(frozen=True)
-class Identity(AffineOp):
+class Identity(NonNegativeOp):
     """Nothing happens."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return inputs[0]
-
-    def absolute(self, radius: Tensor) -> Tensor:
-        return radius
 
     def interval(self, *inputs: Interval) -> Interval:
         return inputs[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from certify.interval import Interval
 from certify.op import RULES, Activation, AnyBox, Call, Lines, Op
+from certify.ops.gate import Gate
 
 LOWEST_AT = -1.2784645
 LOWEST = -0.2784646
@@ -18,6 +20,10 @@ LOWEST = -0.2784646
 
 LARGEST_CURVATURE = 0.5
 """Of |silu''|, at 0."""
+
+STEEPEST_AT = 2.3993573
+STEEPEST, FLATTEST = 1.0998394, -0.0998394
+"""silu' rises between -STEEPEST_AT and STEEPEST_AT and falls elsewhere; its ends there, rounded outward."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,27 @@ class SiLU(Activation):
         lowest = torch.where(turns, LOWEST, torch.minimum(at_lb, at_ub))
         return Interval.from_box(lowest, torch.maximum(at_lb, at_ub))
 
+    def derivative(self, x: Tensor) -> Tensor:
+        """silu'(x)."""
+        gate = torch.sigmoid(x)
+        return gate * (1 + x * (1 - gate))
+
+    def gradient(self, boxes: Sequence[AnyBox | None]) -> list[Op]:
+        (box,) = boxes
+        assert box is not None
+        at_lb, at_ub = self.derivative(box.lb), self.derivative(box.ub)
+        low, high = torch.minimum(at_lb, at_ub), torch.maximum(at_lb, at_ub)
+        low = torch.where((box.lb <= -STEEPEST_AT) & (box.ub >= -STEEPEST_AT), FLATTEST, low)
+        high = torch.where((box.lb <= STEEPEST_AT) & (box.ub >= STEEPEST_AT), STEEPEST, high)
+        return [Gate(low, high)]
+
+    def lipschitz(self, norm: str) -> float:
+        return STEEPEST
+
     def lines(self, box: AnyBox, alpha: Tensor | None = None) -> Lines:
         lb, ub = box.lb, box.ub
         center, radius = (lb + ub) / 2, (ub - lb) / 2
-        gate = torch.sigmoid(center)
-        tangent = gate * (1 + center * (1 - gate))
+        tangent = self.derivative(center)
         start = self.forward(center) - tangent * center
         remainder = LARGEST_CURVATURE / 2 * radius.square()
         rising = (ub > -lb).to(lb.dtype)

@@ -13,7 +13,7 @@ from certify.bounds.crown import intermediate_boxes
 from certify.bounds.jacobian import row_norms
 from certify.docket import NORMS, Docket, Request
 from certify.graph import Snapshot
-from certify.lipschitz.linear import for_problems, select
+from certify.lipschitz.linear import select
 from certify.region import Region
 from certify.verdict import Verdict
 from certify.verifier import VERIFIERS
@@ -58,7 +58,7 @@ class LipschitzMargin:
         rows = torch.eye(count, dtype=margins.dtype, device=margins.device).repeat(batch, 1)
         boxes = select(intermediate_boxes(snapshot, region), owner)
         norm = "linf" if region.ball is None else region.ball.norm
-        slopes = row_norms(for_problems(snapshot, owner), boxes, rows, norm, self.bounds).ub.view(batch, count)
+        slopes = row_norms(snapshot.select(owner), boxes, rows, norm, self.bounds).ub.view(batch, count)
         fall = _reach(region).unsqueeze(1) * slopes
         return margins - fall, margins.abs() + fall
 

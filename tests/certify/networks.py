@@ -163,6 +163,7 @@ VARIANTS: dict[str, Block] = {
     "dropout_function": function(lambda x: F.dropout(x, 0.5, training=False)),
     "identity": layer(nn.Identity),
     "min_max": lambda shape: nn.Sequential(nn.Conv2d(shape[0], 4, 3, padding=1), MinMax()),
+    "silu": layer(nn.SiLU),
     "exponential": lambda shape: SOC(terms=4).conv(shape[0], 3, shape[1:]),
     "circular_conv": lambda shape: Cayley().conv(shape[0], 3, shape[1:]),
     "residual_of_residual": branches(lambda x, f, g: (lambda h: h + F.relu(g(h)))(x + f(F.relu(x))), 2),

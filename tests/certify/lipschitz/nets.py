@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from scipy.optimize import linprog
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 
 from attacks.threat import Ball, LinfBall
+from certify.graph import Snapshot, capture
+from certify.ops.affine import Linear
 
 
 def mlp(sizes: list[int], seed: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -35,6 +42,44 @@ def box(sizes: list[int], seed: int) -> tuple[Tensor, LinfBall]:
     generator = torch.Generator().manual_seed(1000 + seed)
     x = torch.randn(1, sizes[0], generator=generator, dtype=torch.float64) * 0.5
     return x, LinfBall(float(torch.rand((), generator=generator)) * 0.6 + 0.05, None)
+
+
+class Family(NamedTuple):
+    """Networks of one architecture, each with a box of its own.
+
+    Attributes:
+        parameters: of all networks, by name, `[N, ...]`.
+        together: one network that takes example i through network i.
+        ball: its eps is `[N]`.
+    """
+
+    template: nn.Sequential
+    parameters: dict[str, Tensor]
+    together: Snapshot
+    x: Tensor
+    ball: LinfBall
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """Outputs `[N, S, K]` at points `[N, S, d]`, by PyTorch's own layers."""
+        return vmap(partial(functional_call, self.template))(self.parameters, points)
+
+    def sample(self, count: int, seed: int) -> Tensor:
+        """Points of each network's box, `[N, S, d]`."""
+        many = torch.arange(len(self.x)).repeat_interleave(count)
+        points = self.ball.select(many).sample(self.x[many], torch.Generator().manual_seed(seed))
+        return points.unflatten(0, (-1, count))
+
+
+def family(sizes: list[int], seeds: Iterable[int]) -> Family:
+    """Random networks in random boxes, those that `mlp` and `box` give for the seeds."""
+    models = [mlp(sizes, seed) for seed in seeds]
+    x, balls = zip(*(box(sizes, seed) for seed in seeds), strict=True)
+    parameters = {name: value.detach() for name, value in torch.func.stack_module_state(models)[0].items()}  # type: ignore[arg-type]
+    nodes = capture(models[0], x[0]).snapshot().nodes
+    rows = iter(parameters.values())
+    together = [replace(n, op=Linear(next(rows), next(rows))) if isinstance(n.op, Linear) else n for n in nodes]
+    eps = torch.tensor([float(ball.eps) for ball in balls], dtype=torch.float64)
+    return Family(models[0], parameters, Snapshot(tuple(together)), torch.cat(x), LinfBall(eps, None))
 
 
 def jacobians(model: nn.Module, points: Tensor, rows: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
 
 
 CHOSEN = ["conv_groups", "conv_stride", "conv_dilation", "max_pool_padded", "max_pool_ceil", "avg_pool_padded"]
-CHOSEN += ["concat_pixels", "residual_of_residual"]
+CHOSEN += ["concat_pixels", "residual_of_residual", "min_max", "silu"]
 
 
 @pytest.mark.parametrize("name", [*KINDS, *CHOSEN])
