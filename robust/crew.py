@@ -55,13 +55,16 @@ class Crew:
         threading.Thread(target=self._beat, daemon=True).start()
 
     @classmethod
-    def join(cls) -> Crew | None:
-        """The crew that torchrun started this process for; None outside of torchrun or for a single process."""
+    def join(cls, task: str = "") -> Crew | None:
+        """The crew that torchrun started this process for; None outside of torchrun or for a single process.
+
+        A crew does one thing; processes that do several together form one for each, under a name of its own.
+        """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return None
         store, rank, size = next(iter(rendezvous("env://")))
         # torchrun may keep its store when it restarts its processes; what the former ones left there is of no use.
-        return cls(PrefixStore(f"crew/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), rank, size)
+        return cls(PrefixStore(f"crew/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{task}", store), rank, size)
 
     def lead(
         self, header: dict[str, Any], todo: Sequence[int], decide: Callable[[int], Records]

@@ -1,0 +1,188 @@
+"""Shorter and smaller runs of a recipe: fewer epochs for a budget, less of everything for a trial run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from attacks.attack import ATTACKS
+from attacks.methods.autoattack import AutoAttack
+from certify.verifier import VERIFIERS
+from robust.data.extra import Extra
+from robust.data.stand_in import StandIn
+from robust.data.subset import Subset
+from robust.dataset import DATASETS, MissingData, parse_dataset
+from robust.method_texts import with_methods
+from robust.models.cnn7 import CNN7
+from robust.models.gowal import GowalLarge, GowalMedium, GowalSmall
+from robust.models.liresnet import LiResNet
+from robust.models.wide_resnet import WideResNet
+from robust.settings import Settings
+
+IMAGES = {
+    "digits": (1437, 360),
+    "mnist": (60_000, 10_000),
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "svhn": (73_257, 26_032),
+    "tiny_imagenet": (100_000, 10_000),
+    "imagenet64": (1_281_167, 50_000),
+    "imagenet": (1_281_167, 50_000),
+}
+"""Training and test images of a data set, for plans of runs whose data are not at hand."""
+
+CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "imagenet64": 1000, "imagenet": 1000}
+
+EPOCH_FIELDS = ("start", "end", "at", "warmup", "start_epoch", "warmup_epochs", "halve_every", "patience_epochs")
+"""Fields of methods that count epochs, and so are scaled along with them."""
+
+SCALED_FROM = (100_000, 5_000)
+"""Training and test images of which a scaled run takes its share; larger data sets count as this large."""
+
+LEAST_IMAGES = (200, 20)
+LEAST_WIDTH = {"width": 4, "widen": 1, "hidden": 32, "channels": 4}
+SCALED_BATCH = 50
+
+
+def own_data(data: Any) -> Any:
+    """The data set that images are validated and tested on: `own` of one with extra images, else itself."""
+    return own_data(data.own) if isinstance(data, Extra) else data
+
+
+def image_counts(settings: Settings) -> tuple[int, int]:
+    """(images of an epoch, test images) of a run, from what is known of its data set."""
+    data = parse_dataset(settings.data)
+    own = own_data(data)
+    name = DATASETS.name_of(own)
+    if isinstance(own, Subset | StandIn):
+        train, test = own.train, own.test
+    elif name in IMAGES:
+        train, test = IMAGES[name]
+    else:
+        raise ValueError(f"the number of images of data set {name!r} is not known; known: {', '.join(IMAGES)}")
+    train -= round(train * settings.validation)
+    return (round(train / (1 - data.fraction)) if isinstance(data, Extra) else train), test
+
+
+def with_epochs(settings: Settings, epochs: int) -> Settings:
+    """The same run in `epochs` epochs: ramps, drops of the rate, warm-ups and starts keep their share of it."""
+    factor = epochs / settings.epochs
+
+    def shorter(kind: str, method: Any) -> Any:
+        values = {}
+        for field in dataclasses.fields(method):
+            value = getattr(method, field.name)
+            if field.name in EPOCH_FIELDS and isinstance(value, int | float | tuple) and not isinstance(value, bool):
+                values[field.name] = _times(value, factor)
+            elif field.metadata.get("registry") is not None and value is not None and kind not in ("data", "model"):
+                values[field.name] = shorter(kind, value)
+        return dataclasses.replace(method, **values)
+
+    if epochs == settings.epochs:
+        return settings
+    return dataclasses.replace(
+        with_methods(settings, shorter),
+        epochs=epochs,
+        validate_every=max(1, min(settings.validate_every, epochs // 2)),
+    )
+
+
+def _times(value: Any, factor: float) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_times(item, factor) for item in value)
+    # A whole number of epochs stays one, and what is done from the second epoch on stays behind the first.
+    return max(min(value, 1), round(value * factor)) if isinstance(value, int) else value * factor
+
+
+def scaled(settings: Settings, scale: float, root: Path | None) -> tuple[Settings, list[str]]:
+    """A run with `scale` of the images and epochs and a narrower network, and how it differs, in words.
+
+    Where the data set is not at hand, digits stand in for it; the words and the data set's name say so.
+    """
+    data = parse_dataset(settings.data)
+    there = image_counts(dataclasses.replace(settings, data=DATASETS.spell(own_data(data)), validation=0.0))
+    share = (round(scale * min(*pair)) for pair in zip(there, SCALED_FROM, strict=True))
+    counts = dict(zip(("train", "test"), map(max, share, LEAST_IMAGES), strict=True))
+    part, absent = _part(data, counts, root)
+    epochs = max(2, round(scale * settings.epochs))
+    shorter = with_epochs(settings, epochs)
+    batch_size = min(settings.batch_size, SCALED_BATCH)
+
+    def narrower(kind: str, method: Any) -> Any:
+        return part if kind == "data" else narrow(method, math.sqrt(scale)) if kind == "model" else method
+
+    changed = dataclasses.replace(
+        with_methods(shorter, narrower), batch_size=batch_size, micro_batch=min(settings.micro_batch, batch_size)
+    )
+    words = [f"scale {scale:g}: {counts['train']} training and {counts['test']} test images, {epochs} epochs"]
+    if changed.model != settings.model:
+        words.append(f"network {changed.model}")
+    if absent:
+        words.append(f"STAND-IN data (resized digits of 10 classes instead of {absent})")
+    return changed, words
+
+
+def _part(data: Any, counts: dict[str, int], root: Path | None) -> tuple[Any, str]:
+    """A part of the data set, or its stand-in where it is missing, and then its name."""
+    if isinstance(data, Extra):
+        own, absent = _part(data.own, counts, root)
+        # Generated images come from a user's own file: there is nothing that they could be a part of.
+        extra = StandIn(own_data(data), train=counts["train"], test=counts["test"])
+        name = DATASETS.name_of(own_data(data))
+        return dataclasses.replace(data, own=own, extra=extra), absent or f"images generated for {name}"
+    if at_hand(data, root):
+        return Subset(data, **counts), ""
+    return StandIn(
+        data, **{part: min(count, most) for (part, count), most in zip(counts.items(), IMAGES["digits"], strict=True)}
+    ), DATASETS.name_of(data)
+
+
+def at_hand(data: Any, root: Path | None) -> bool:
+    """Whether the data set can be read."""
+    try:
+        data(root)
+    except MissingData:
+        return False
+    return True
+
+
+def narrow(model: Any, factor: float) -> Any:
+    """The architecture with `factor` of its widths and the fewest blocks that it can have; what is small stays."""
+    if isinstance(model, GowalLarge):
+        return CNN7(LEAST_WIDTH["width"], LEAST_WIDTH["hidden"], model.batch_norm)
+    if isinstance(model, GowalMedium):
+        return GowalSmall(model.batch_norm)
+    values: dict[str, Any] = {}
+    for field, least in LEAST_WIDTH.items():
+        value = getattr(model, field, None)
+        if isinstance(value, tuple):
+            values[field] = tuple(min(item, max(least, round(item * factor))) for item in value)
+        elif value:
+            values[field] = min(value, max(least, round(value * factor)))
+    if isinstance(model, WideResNet):
+        values["depth"] = 10
+    if isinstance(model, LiResNet):
+        # The stem's patches are as large as the whole network's width makes them.
+        patch = model.stem_kernel or (round((model.width / 3) ** 0.5) if model.width > 512 else 0)
+        stem = {"stem_kernel": patch, "stem_stride": model.stem_stride or patch}
+        values |= {"depth": 2, "residual_dense": min(1, model.residual_dense), **stem}
+    return dataclasses.replace(model, **values)
+
+
+def cheaper_judge(verifier: str, attack: str, scale: float) -> tuple[str, str]:
+    """Texts of the judges with `scale` of their seconds per image, and of AutoAttack's steps and queries."""
+    if verifier:
+        method = VERIFIERS.parse(verifier)
+        if hasattr(method, "timeout"):
+            verifier = VERIFIERS.spell(dataclasses.replace(method, timeout=max(0.5, method.timeout * scale)))
+    if attack:
+        ensemble = ATTACKS.parse(attack)
+        if isinstance(ensemble, AutoAttack):
+            fewer = {
+                "steps": max(5, round(ensemble.steps * scale)),
+                "queries": max(50, round(ensemble.queries * scale)),
+            }
+            attack = ATTACKS.spell(dataclasses.replace(ensemble, **fewer))
+    return verifier, attack
