@@ -35,7 +35,7 @@ KINDS: dict[str, Registry] = {
 
 
 def with_methods(settings: Settings, change: Callable[[str, Any], Any]) -> Settings:
-    """Settings whose every method is `change(name of the setting, method)`; one that returns what it got changes none."""
+    """Settings whose every method is `change(name of the setting, method)`."""
 
     def changed(name: str, text: str) -> str:
         method = KINDS[name].parse(text)

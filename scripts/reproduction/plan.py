@@ -156,27 +156,30 @@ def require_data(jobs: Sequence[Job], root: Path | None) -> None:
 
 def _job(row: Row, seed: int, scale: float, root: Path | None, networks: Path) -> Job:
     judges = (row.verifier, row.attack) if scale == 1 else cheaper_judge(row.verifier, row.attack, scale)
-    base = Job(row.name, seed, None, row.network, *judges)
+    words = [f"judged by {judge}" for judge, own in zip(judges, (row.verifier, row.attack), strict=True) if judge != own]
+    base = Job(row.name, seed, None, row.network, *judges, remarks=tuple(words))
     if row.absent:
         return dataclasses.replace(base, left_out=row.absent)
     if row.network:
         return _network_job(base, scale, networks)
     settings = dataclasses.replace(load_recipe(row.recipe).settings, seed=seed)
-    remarks: list[str] = []
     if scale < 1:
-        settings, remarks = scaled(settings, scale, root)
+        settings, words = scaled(settings, scale, root)
+        base = dataclasses.replace(base, remarks=(*words, *base.remarks))
     check_texts(settings)
-    return dataclasses.replace(base, settings=settings.to_dict(), remarks=tuple(remarks))
+    return dataclasses.replace(base, settings=settings.to_dict())
 
 
 def _network_job(base: Job, scale: float, networks: Path) -> Job:
     missing = missing_network(networks, base.network)
     if missing:
         return dataclasses.replace(base, left_out=missing)
-    if scale == 1:
-        return base
-    limit = min(SCALED_NETWORK_IMAGES, network_images(networks, base.network))
-    return dataclasses.replace(base, limit=limit, remarks=(f"scale {scale:g}: the first {limit} images",))
+    images = network_images(networks, base.network)
+    limit = images if scale == 1 else min(SCALED_NETWORK_IMAGES, images)
+    remarks = base.remarks if scale == 1 else (f"scale {scale:g}: the first {limit} images", *base.remarks)
+    most = getattr(VERIFIERS.parse(base.verifier), "timeout", None)
+    seconds = None if most is None else most * limit
+    return dataclasses.replace(base, limit=limit, judging_seconds=seconds, remarks=remarks)
 
 
 def _estimated(job: Job, device: str) -> Job:
@@ -279,20 +282,17 @@ def plan_text(plan: Plan, rows: Sequence[str], states: Mapping[tuple[str, int], 
             lines.append(f"          {does}; judge by {judged}")
         lines += [f"          {remark}" for remark in job.remarks]
     left = [job for job in jobs if not job.left_out and states[job.row, job.seed] != "finished"]
-    training, judging = (
-        sum(getattr(job, f"{part}_seconds") or 0.0 for job in left) for part in ("training", "judging")
-    )
-    lines.append(
-        f"{len(jobs)} jobs, {len(left)} to do: about {duration(training)} of training and at most "
-        f"{duration(judging)} of judging on one device"
-    )
+    training = sum(job.training_seconds or 0.0 for job in left)
+    judging = sum(job.judging_seconds or 0.0 for job in left)
+    times = f": about {duration(training)} of training and at most {duration(judging)} of judging on one device"
+    lines.append(f"{len(jobs)} jobs, {len(left)} to do{times if training + judging else ', not estimated'}")
     return "\n".join(lines)
 
 
 def _times_text(job: Job) -> str:
-    if job.training_seconds is None:
-        return ""
-    return f"training about {duration(job.training_seconds)}, judging at most {duration(job.judging_seconds or 0.0)}"
+    parts = [] if job.training_seconds is None else [f"training about {duration(job.training_seconds)}"]
+    parts += [] if job.judging_seconds is None else [f"judging at most {duration(job.judging_seconds)}"]
+    return ", ".join(parts)
 
 
 def duration(seconds: float) -> str:

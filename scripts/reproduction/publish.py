@@ -146,7 +146,7 @@ def as_markdown(table: Table, lines: Sequence[Line], warnings: Sequence[str]) ->
                 notes.append(text)
             numbers += [str(notes.index(text) + 1)] if text else []
         cells = [cell for metric in shown for cell in (_published(line, metric), _reproduced(line, metric))]
-        hours = f"{line.seconds / 3600:.2f}" if line.seeds else ""
+        hours = f"{line.seconds / 3600:.2g}" if line.seeds else ""
         rows.append([line.row, *cells, " ".join(map(str, line.seeds)), hours, " ".join(numbers)])
     parts = [f"# {table.title}", *(f"**{warning}**" for warning in warnings), *([table.note] if table.note else [])]
     parts.append("Accuracies in percent; behind a reproduced one, in parentheses, its difference to the published one.")
@@ -162,8 +162,13 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def _shown(lines: Sequence[Line]) -> list[str]:
-    """Metrics of which some line has a value."""
-    return [metric for metric in WORDS if any(metric in {**line.published, **line.reproduced} for line in lines)]
+    """Metrics of which some line has a value; those of single classes only where some have been published."""
+    always = ("clean", "adversarial", "certified")
+    return [
+        metric
+        for metric in WORDS
+        if any(metric in line.published or (metric in always and metric in line.reproduced) for line in lines)
+    ]
 
 
 def _published(line: Line, metric: str) -> str:
@@ -198,9 +203,8 @@ def picture(table: Table, lines: Sequence[Line], warnings: Sequence[str], theme:
     """Published (rings) and reproduced (dots) accuracies of every row, a panel for each metric."""
     shown = [metric for metric in _shown(lines) if metric != "fairness"]
     height = 1.6 + 0.27 * len(lines) + 0.25 * len(warnings)
-    figure, panels = plots.empty_figure(
-        theme, 3.6 + 2.5 * max(len(shown), 1), height, 1, max(len(shown), 1), sharey=True
-    )
+    columns = max(len(shown), 1)
+    figure, panels = plots.empty_figure(theme, 3.6 + 2.5 * columns, height, 1, columns, sharey=True)
     for axes, metric in zip(panels, shown, strict=False):
         _panel(axes, lines, metric, theme)
     panels[0].set_yticks(range(len(lines)), [line.row for line in lines], fontsize=8.5)

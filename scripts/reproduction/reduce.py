@@ -38,7 +38,7 @@ CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "imagenet64": 1000, "imagenet"
 EPOCH_FIELDS = ("start", "end", "at", "warmup", "start_epoch", "warmup_epochs", "halve_every", "patience_epochs")
 """Fields of methods that count epochs, and so are scaled along with them."""
 
-SCALED_FROM = (100_000, 5_000)
+SCALED_FROM = (20_000, 2_000)
 """Training and test images of which a scaled run takes its share; larger data sets count as this large."""
 
 LEAST_IMAGES = (200, 20)
@@ -54,16 +54,20 @@ def own_data(data: Any) -> Any:
 def image_counts(settings: Settings) -> tuple[int, int]:
     """(images of an epoch, test images) of a run, from what is known of its data set."""
     data = parse_dataset(settings.data)
+    train, test = _own_counts(data)
+    train -= round(train * settings.validation)
+    return (round(train / (1 - data.fraction)) if isinstance(data, Extra) else train), test
+
+
+def _own_counts(data: Any) -> tuple[int, int]:
+    """(training, test) images of a data set itself, without extra ones."""
     own = own_data(data)
     name = DATASETS.name_of(own)
     if isinstance(own, Subset | StandIn):
-        train, test = own.train, own.test
-    elif name in IMAGES:
-        train, test = IMAGES[name]
-    else:
+        return own.train, own.test
+    if name not in IMAGES:
         raise ValueError(f"the number of images of data set {name!r} is not known; known: {', '.join(IMAGES)}")
-    train -= round(train * settings.validation)
-    return (round(train / (1 - data.fraction)) if isinstance(data, Extra) else train), test
+    return IMAGES[name]
 
 
 def with_epochs(settings: Settings, epochs: int) -> Settings:
@@ -102,8 +106,7 @@ def scaled(settings: Settings, scale: float, root: Path | None) -> tuple[Setting
     Where the data set is not at hand, digits stand in for it; the words and the data set's name say so.
     """
     data = parse_dataset(settings.data)
-    there = image_counts(dataclasses.replace(settings, data=DATASETS.spell(own_data(data)), validation=0.0))
-    share = (round(scale * min(*pair)) for pair in zip(there, SCALED_FROM, strict=True))
+    share = (round(scale * min(*pair)) for pair in zip(_own_counts(data), SCALED_FROM, strict=True))
     counts = dict(zip(("train", "test"), map(max, share, LEAST_IMAGES), strict=True))
     part, absent = _part(data, counts, root)
     epochs = max(2, round(scale * settings.epochs))
@@ -129,14 +132,18 @@ def _part(data: Any, counts: dict[str, int], root: Path | None) -> tuple[Any, st
     if isinstance(data, Extra):
         own, absent = _part(data.own, counts, root)
         # Generated images come from a user's own file: there is nothing that they could be a part of.
-        extra = StandIn(own_data(data), train=counts["train"], test=counts["test"])
+        extra = _stand_in(own_data(data), counts)
         name = DATASETS.name_of(own_data(data))
         return dataclasses.replace(data, own=own, extra=extra), absent or f"images generated for {name}"
     if at_hand(data, root):
         return Subset(data, **counts), ""
-    return StandIn(
-        data, **{part: min(count, most) for (part, count), most in zip(counts.items(), IMAGES["digits"], strict=True)}
-    ), DATASETS.name_of(data)
+    return _stand_in(data, counts), DATASETS.name_of(data)
+
+
+def _stand_in(data: Any, counts: dict[str, int]) -> StandIn:
+    """As many digits as there are, up to the counts."""
+    train, test = IMAGES["digits"]
+    return StandIn(data, train=min(counts["train"], train), test=min(counts["test"], test))
 
 
 def at_hand(data: Any, root: Path | None) -> bool:
@@ -180,9 +187,6 @@ def cheaper_judge(verifier: str, attack: str, scale: float) -> tuple[str, str]:
     if attack:
         ensemble = ATTACKS.parse(attack)
         if isinstance(ensemble, AutoAttack):
-            fewer = {
-                "steps": max(5, round(ensemble.steps * scale)),
-                "queries": max(50, round(ensemble.queries * scale)),
-            }
-            attack = ATTACKS.spell(dataclasses.replace(ensemble, **fewer))
+            steps, queries = (max(5, round(count * scale)) for count in (ensemble.steps, ensemble.queries))
+            attack = ATTACKS.spell(dataclasses.replace(ensemble, steps=steps, queries=queries))
     return verifier, attack
