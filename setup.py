@@ -25,6 +25,7 @@ setup(
     ],
     extras_require={
         "tensorboard": ["tensorboard"],
+        "sweep": ["optuna"],
         "onnx": ["onnx", "onnxruntime"],
         "test": [
             "pytest",
@@ -33,6 +34,7 @@ setup(
             "ruff",
             "mypy",
             "tensorboard",
+            "optuna",
             "onnx",
             "onnxruntime",
             "onnxscript",  # which torch.onnx.export needs

@@ -74,6 +74,17 @@ def with_field(settings: Settings, path: str, text: str) -> Settings:
     return dataclasses.replace(settings, **{name: registry.spell(method)})
 
 
+def value_at(settings: Settings, path: str) -> Any:
+    """The value that `with_field` changes, for a path that it takes."""
+    name, *fields = path.split(".")
+    value = getattr(settings, name)
+    if fields:
+        value = KINDS[name].parse(value)
+    for field in fields:
+        value = getattr(value, field)
+    return value
+
+
 def _changed(registry: Registry, method: Any, fields: list[str], text: str, path: str) -> Any:
     field, *deeper = fields
     known = {item.name: item for item in dataclasses.fields(method) if item.init}

@@ -23,6 +23,11 @@ def parse_validator(text: str) -> Any:
     return (ATTACKS if text.partition(":")[0].strip() in ATTACKS else VERIFIERS).parse(text)
 
 
+def is_attack(validator: Any) -> bool:
+    """Whether a validator gives accuracy under attack, not certified accuracy."""
+    return type(validator) in (ATTACKS[name] for name in ATTACKS.names())
+
+
 def decisive(metrics: Mapping[str, float]) -> float:
     """What `select = best` compares: the certified accuracy, or the accuracy under attack, in percent."""
     return metrics["certified"] if "certified" in metrics else metrics["under_attack"]
@@ -34,7 +39,7 @@ def validate(model: nn.Module, data: DataSet, ball: Ball, validator: Any, device
     Args:
         validator: a verifier or an attack. An attack's accuracy is an upper bound of the robust accuracy.
     """
-    attacks = type(validator) in (ATTACKS[name] for name in ATTACKS.names())
+    attacks = is_attack(validator)
     counts: dict[str, int] = {}
     for index, x, y in validation_batches(data, device):
         found = (_attacked if attacks else _verified)(model, x, y, ball, validator, index)

@@ -156,10 +156,12 @@ def require_data(jobs: Sequence[Job], root: Path | None) -> None:
 
 def _job(row: Row, seed: int, scale: float, root: Path | None, networks: Path) -> Job:
     judges = (row.verifier, row.attack) if scale == 1 else cheaper_judge(row.verifier, row.attack, scale)
-    words = [f"judged by {judge}" for judge, own in zip(judges, (row.verifier, row.attack), strict=True) if judge != own]
+    words = [
+        f"judged by {judge}" for judge, own in zip(judges, (row.verifier, row.attack), strict=True) if judge != own
+    ]
     base = Job(row.name, seed, None, row.network, *judges, remarks=tuple(words))
     if row.absent:
-        return dataclasses.replace(base, left_out=row.absent)
+        return dataclasses.replace(base, remarks=(), left_out=row.absent)
     if row.network:
         return _network_job(base, scale, networks)
     settings = dataclasses.replace(load_recipe(row.recipe).settings, seed=seed)

@@ -209,12 +209,14 @@ def picture(table: Table, lines: Sequence[Line], warnings: Sequence[str], theme:
         _panel(axes, lines, metric, theme)
     panels[0].set_yticks(range(len(lines)), [line.row for line in lines], fontsize=8.5)
     panels[0].set_ylim(len(lines) - 0.4, -0.6)
-    marker = {"linestyle": "none", "color": theme.certified, "markersize": 6}
+    looks = [("published", theme.certified, "none")]
+    looks += [("reproduced", theme.certified, theme.certified)] if any(line.comparable for line in lines) else []
+    looks += [("reduced run", theme.unknown, theme.unknown)] if not all(line.comparable for line in lines) else []
     handles = [
-        Line2D([], [], marker="o", markerfacecolor="none", label="published", **marker),  # type: ignore[arg-type]
-        Line2D([], [], marker="o", label="reproduced", **marker),  # type: ignore[arg-type]
+        Line2D([], [], marker="o", linestyle="none", color=colour, markerfacecolor=face, label=words)
+        for words, colour, face in looks
     ]
-    figure.legend(handles=handles, loc="outside lower right", ncols=2, frameon=False, labelcolor=theme.text)
+    figure.legend(handles=handles, loc="outside lower right", ncols=3, frameon=False, labelcolor=theme.text)
     title = "\n".join([table.title, *(warning.partition(":")[0] for warning in warnings)])
     figure.suptitle(title, color=theme.falsified if warnings else theme.text, fontsize=11)
     return figure
@@ -223,11 +225,13 @@ def picture(table: Table, lines: Sequence[Line], warnings: Sequence[str], theme:
 def _panel(axes: Axes, lines: Sequence[Line], metric: str, theme: plots.Theme) -> None:
     for place, line in enumerate(lines):
         published, reproduced = line.published.get(metric), line.reproduced.get(metric)
-        if published is not None and reproduced is not None:
+        # What does not compare is not joined to what was published, and has a colour of its own.
+        colour = theme.certified if line.comparable else theme.unknown
+        if published is not None and reproduced is not None and line.comparable:
             axes.plot([published, reproduced], [place, place], color=theme.faint, linewidth=1.6, zorder=1)
         if published is not None:
             axes.plot([published], [place], "o", markerfacecolor="none", color=theme.certified, markersize=6)
         if reproduced is not None:
-            axes.plot([reproduced], [place], "o", color=theme.certified, markersize=6)
+            axes.plot([reproduced], [place], "o", color=colour, markersize=6, clip_on=False)
     axes.set_xlabel(f"{WORDS[metric]}, %")
     axes.set_xlim(0, 100)

@@ -165,9 +165,9 @@ def narrow(model: Any, factor: float) -> Any:
     for field, least in LEAST_WIDTH.items():
         value = getattr(model, field, None)
         if isinstance(value, tuple):
-            values[field] = tuple(min(item, max(least, round(item * factor))) for item in value)
+            values[field] = tuple(min(item, max(least, _even(item * factor))) for item in value)
         elif value:
-            values[field] = min(value, max(least, round(value * factor)))
+            values[field] = min(value, max(least, _even(value * factor)))
     if isinstance(model, WideResNet):
         values["depth"] = 10
     if isinstance(model, LiResNet):
@@ -176,6 +176,11 @@ def narrow(model: Any, factor: float) -> Any:
         stem = {"stem_kernel": patch, "stem_stride": model.stem_stride or patch}
         values |= {"depth": 2, "residual_dense": min(1, model.residual_dense), **stem}
     return dataclasses.replace(model, **values)
+
+
+def _even(width: float) -> int:
+    """The nearest even number: MinMax pairs channels."""
+    return 2 * round(width / 2)
 
 
 def cheaper_judge(verifier: str, attack: str, scale: float) -> tuple[str, str]:

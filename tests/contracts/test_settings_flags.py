@@ -18,6 +18,7 @@ FLAGS = {
     "vnnlib": {"timeout", "out"},
     "compare": {"attacks", "limit", "batch-size", "out"},
     "masking": {"data", "split", "eps", "norm", "model", "limit", "out"},
+    "sweep": {"over", "trials", "out"},
     "report": set(),
     "methods": set(),
     "recipes": set(),

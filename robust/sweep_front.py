@@ -1,0 +1,90 @@
+"""What a sweep has found: the front of clean against robust accuracy, as CSV and as a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from robust import plots
+from robust.files import write_whole
+from robust.sweep import Trial
+
+LABELLED = 12
+
+
+def front(trials: Sequence[Trial]) -> list[Trial]:
+    """Trials that no other one beats in one accuracy without losing in the other, by rising clean accuracy.
+
+    Of trials with equal accuracies the first is kept.
+    """
+    done = [
+        (trial, trial.clean, trial.robust) for trial in trials if trial.clean is not None and trial.robust is not None
+    ]
+    best: list[Trial] = []
+    highest = float("-inf")
+    for trial, _, robust in sorted(done, key=lambda item: (-item[1], -item[2], item[0].number)):
+        if robust > highest:
+            best.append(trial)
+            highest = robust
+    return best[::-1]
+
+
+def write_front(trials: Sequence[Trial], robust_name: str, out: Path) -> None:
+    """Write trials.csv and front.png to `out`."""
+    write_whole(out / "trials.csv", as_csv(trials, robust_name))
+    plots.save(picture(trials, robust_name), out / "front.png")
+
+
+def as_csv(trials: Sequence[Trial], robust_name: str) -> str:
+    """A line for every trial; accuracies in percent on the validation images."""
+    kept = {trial.number for trial in front(trials)}
+    paths = list(trials[0].values) if trials else []
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["trial", *paths, "validation clean", f"validation {robust_name}", "front", "seconds", "failure"])
+    for trial in trials:
+        values = [trial.values[path] for path in paths]
+        accuracies = ["" if value is None else f"{value:.4g}" for value in (trial.clean, trial.robust)]
+        on_front = "yes" if trial.number in kept else "no"
+        writer.writerow([trial.number, *values, *accuracies, on_front, f"{trial.seconds:.1f}", trial.failure])
+    return text.getvalue()
+
+
+def as_text(trials: Sequence[Trial], robust_name: str) -> str:
+    """The front for people, a line for each of its trials."""
+    lines = [f"{'trial':>5}  {'clean':>7}  {robust_name:>12}"]
+    for trial in front(trials):
+        values = ", ".join(f"{path}={text}" for path, text in trial.values.items())
+        lines.append(f"{trial.number:>5}  {trial.clean:>6.2f}%  {trial.robust:>11.2f}%  {values}")
+    return "\n".join(lines)
+
+
+def picture(trials: Sequence[Trial], robust_name: str, theme: plots.Theme = plots.LIGHT) -> Figure:
+    """Every trial as a dot and the front as a staircase, whose trials are labelled."""
+    figure, (axes,) = plots.empty_figure(theme, 5.4, 4.2)
+    done = [trial for trial in trials if trial.clean is not None]
+    best = front(trials)
+    axes.plot([t.clean for t in done], [t.robust for t in done], "o", color=theme.clean, markersize=5, label="trials")
+    clean, robust = [t.clean for t in best], [t.robust for t in best]
+    axes.step(clean, robust, "-o", where="pre", color=theme.certified, linewidth=1.9, markersize=6, label="front")
+    for trial in best[:LABELLED]:
+        place = (trial.clean or 0.0, trial.robust or 0.0)
+        words = axes.annotate(_label(trial), place, (5, 5), textcoords="offset points", fontsize=8, color=theme.text)
+        words.set_in_layout(False)
+    axes.margins(0.12)
+    axes.set_xlabel("clean accuracy on the validation images, %")
+    axes.set_ylabel(f"{robust_name} accuracy there, %")
+    axes.legend(loc="lower left", frameon=False, labelcolor=theme.text)
+    return figure
+
+
+def _label(trial: Trial) -> str:
+    """The one value that was varied, a number in three digits; of several the trial's number says which."""
+    if len(trial.values) > 1:
+        return f"trial {trial.number}"
+    (text,) = trial.values.values()
+    return f"{float(text):.3g}" if text.replace(".", "").replace("e-", "").isdigit() else text
