@@ -71,7 +71,7 @@ def with_field(settings: Settings, path: str, text: str) -> Settings:
         raise SettingsError(f"{path}: {name} is no single method with fields; these are: {', '.join(single)}")
     registry = KINDS[name]
     method = _changed(registry, registry.parse(getattr(settings, name)), fields, text, path)
-    return dataclasses.replace(settings, **{name: registry.spell(method)})
+    return Settings.from_dict({**settings.to_dict(), name: registry.spell(method)})
 
 
 def value_at(settings: Settings, path: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,16 +22,18 @@ def front(trials: Sequence[Trial]) -> list[Trial]:
 
     Of trials with equal accuracies the first is kept.
     """
-    done = [
-        (trial, trial.clean, trial.robust) for trial in trials if trial.clean is not None and trial.robust is not None
-    ]
     best: list[Trial] = []
-    highest = float("-inf")
-    for trial, _, robust in sorted(done, key=lambda item: (-item[1], -item[2], item[0].number)):
+    highest = -math.inf
+    for _, robust, trial in sorted(_points(trials), key=lambda point: (-point[0], -point[1], point[2].number)):
         if robust > highest:
             best.append(trial)
             highest = robust
     return best[::-1]
+
+
+def _points(trials: Sequence[Trial]) -> list[tuple[float, float, Trial]]:
+    """(clean, robust, trial) of those that did not fail."""
+    return [(t.clean, t.robust, t) for t in trials if t.clean is not None and t.robust is not None]
 
 
 def write_front(trials: Sequence[Trial], robust_name: str, out: Path) -> None:
@@ -66,15 +69,16 @@ def as_text(trials: Sequence[Trial], robust_name: str) -> str:
 def picture(trials: Sequence[Trial], robust_name: str, theme: plots.Theme = plots.LIGHT) -> Figure:
     """Every trial as a dot and the front as a staircase, whose trials are labelled."""
     figure, (axes,) = plots.empty_figure(theme, 5.4, 4.2)
-    done = [trial for trial in trials if trial.clean is not None]
-    best = front(trials)
-    axes.plot([t.clean for t in done], [t.robust for t in done], "o", color=theme.clean, markersize=5, label="trials")
-    clean, robust = [t.clean for t in best], [t.robust for t in best]
-    axes.step(clean, robust, "-o", where="pre", color=theme.certified, linewidth=1.9, markersize=6, label="front")
-    for trial in best[:LABELLED]:
-        place = (trial.clean or 0.0, trial.robust or 0.0)
-        words = axes.annotate(_label(trial), place, (5, 5), textcoords="offset points", fontsize=8, color=theme.text)
-        words.set_in_layout(False)
+    points, best = _points(trials), _points(front(trials))
+    axes.plot(
+        [x for x, _, _ in points], [y for _, y, _ in points], "o", color=theme.clean, markersize=5, label="trials"
+    )
+    stairs = [x for x, _, _ in best], [y for _, y, _ in best]
+    axes.step(*stairs, "-o", where="pre", color=theme.certified, linewidth=1.9, markersize=6, label="front")
+    for clean, robust, trial in best[:LABELLED]:
+        place, words = (clean, robust), _label(trial)
+        note = axes.annotate(words, place, (5, 5), textcoords="offset points", fontsize=8, color=theme.text)
+        note.set_in_layout(False)
     axes.margins(0.12)
     axes.set_xlabel("clean accuracy on the validation images, %")
     axes.set_ylabel(f"{robust_name} accuracy there, %")

@@ -11,6 +11,7 @@ from attacks.attack import ATTACKS
 from attacks.methods.autoattack import AutoAttack
 from certify.verifier import VERIFIERS
 from robust.data.extra import Extra
+from robust.data.imagenet import ImageNet
 from robust.data.stand_in import StandIn
 from robust.data.subset import Subset
 from robust.dataset import DATASETS, MissingData, parse_dataset
@@ -42,6 +43,9 @@ SCALED_FROM = (20_000, 2_000)
 """Training and test images of which a scaled run takes its share; larger data sets count as this large."""
 
 LEAST_IMAGES = (200, 20)
+SCALED_SIDE = 64
+"""Pixels of images that are larger."""
+
 LEAST_WIDTH = {"width": 4, "widen": 1, "hidden": 32, "channels": 4}
 SCALED_BATCH = 50
 
@@ -108,7 +112,7 @@ def scaled(settings: Settings, scale: float, root: Path | None) -> tuple[Setting
     data = parse_dataset(settings.data)
     share = (round(scale * min(*pair)) for pair in zip(_own_counts(data), SCALED_FROM, strict=True))
     counts = dict(zip(("train", "test"), map(max, share, LEAST_IMAGES), strict=True))
-    part, absent = _part(data, counts, root)
+    part, absent = _part(_smaller(data), counts, root)
     epochs = max(2, round(scale * settings.epochs))
     shorter = with_epochs(settings, epochs)
     batch_size = min(settings.batch_size, SCALED_BATCH)
@@ -122,9 +126,18 @@ def scaled(settings: Settings, scale: float, root: Path | None) -> tuple[Setting
     words = [f"scale {scale:g}: {counts['train']} training and {counts['test']} test images, {epochs} epochs"]
     if changed.model != settings.model:
         words.append(f"network {changed.model}")
+    if _smaller(data) != data:
+        words.append(f"images of {SCALED_SIDE} pixels")
     if absent:
         words.append(f"STAND-IN data (resized digits of 10 classes instead of {absent})")
     return changed, words
+
+
+def _smaller(data: Any) -> Any:
+    """The data set with images of at most SCALED_SIDE pixels."""
+    if not isinstance(data, ImageNet) or data.size <= SCALED_SIDE:
+        return data
+    return dataclasses.replace(data, size=SCALED_SIDE, resize=round(data.resize * SCALED_SIDE / data.size))
 
 
 def _part(data: Any, counts: dict[str, int], root: Path | None) -> tuple[Any, str]:
@@ -171,10 +184,7 @@ def narrow(model: Any, factor: float) -> Any:
     if isinstance(model, WideResNet):
         values["depth"] = 10
     if isinstance(model, LiResNet):
-        # The stem's patches are as large as the whole network's width makes them.
-        patch = model.stem_kernel or (round((model.width / 3) ** 0.5) if model.width > 512 else 0)
-        stem = {"stem_kernel": patch, "stem_stride": model.stem_stride or patch}
-        values |= {"depth": 2, "residual_dense": min(1, model.residual_dense), **stem}
+        values |= {"depth": 2, "residual_dense": min(1, model.residual_dense)}
     return dataclasses.replace(model, **values)
 
 
