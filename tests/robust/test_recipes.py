@@ -93,7 +93,14 @@ ADVERSARIAL = {  # (clean, adversarial) of adversarial training, read at the sou
     "cifar10_8_255_fgsm_rs_preact": (83.34, 43.21),
     "cifar10_8_255_grad_align_preact": (79.84, 43.93),
     "cifar10_8_255_free_preact": (None, None),
+    "cifar10_8_255_trades_resnet18": (82.04, 49.80),
+    "cifar10_8_255_trades_cfa_resnet18": (79.81, 50.78),
     "cifar10_8_255_trades_dafa_resnet18": (81.63, 49.05),
+    "cifar100_8_255_trades_resnet18": (58.34, 25.60),
+    "cifar100_8_255_trades_dafa_resnet18": (58.07, 25.08),
+    "cifar100_8_255_trades_awp_wrn34": (60.17, 28.80),
+    "imagenet_4_255_fgsm_rs_resnet50": (55.62, 26.24),
+    "imagenet_2_255_fgsm_rs_resnet50": (60.90, 43.46),
     "cifar10_8_255_wang2023_wrn28": (92.44, 67.31),
 }
 CERTIFIED = [name for name in recipe_names() if name not in ADVERSARIAL]

@@ -17,6 +17,7 @@ SMALL = {  # the same structure at a size that a test can afford
     "cnn6": "cnn6:width=4,hidden=16",
     "preactresnet18": "preactresnet18:width=4",
     "resnet18": "resnet18:width=4",
+    "resnet50": "resnet50:width=4",
     "wide_resnet": "wide_resnet:depth=10,widen=1",
     "liresnet": "liresnet:depth=2,width=8,hidden=16",
     "gloro_cnn": "gloro_cnn:channels=4+6,strides=2+2,hidden=16",

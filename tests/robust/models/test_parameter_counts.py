@@ -7,6 +7,7 @@ from robust.model import MODELS
 
 MNIST, CIFAR, TINY, IMAGENET64 = ((1, 28, 28), 10), ((3, 32, 32), 10), ((3, 64, 64), 200), ((3, 64, 64), 1000)
 TINY_CROP = ((3, 56, 56), 200)
+IMAGENET = ((3, 224, 224), 1000)
 
 
 def count(text, problem):
@@ -59,6 +60,7 @@ def test_small_image_networks_have_the_published_size(text, mnist, cifar):
         # 11,171,146 is the version without the last batch norm (1,024), 11,173,962 the post-activation ResNet-18.
         ("preactresnet18", CIFAR, 11_171_146 + 1_024),
         ("resnet18", CIFAR, 11_173_962),
+        ("resnet50", IMAGENET, 25_557_032),
         ("wide_resnet", CIFAR, 46_160_474),
         ("wide_resnet:depth=28", CIFAR, 36_479_194),
     ],
