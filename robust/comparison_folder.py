@@ -17,10 +17,11 @@ from attacks.attack import ATTACKS
 from robust import plots
 from robust.checkpoint import load
 from robust.comparison import Judged, Line, Weights, as_csv, cells, compare
+from robust.comparison_page import comparison_page
 from robust.dataset import parse_dataset
 from robust.evaluate import evaluate
 from robust.files import encode, read_json_lines, write_whole
-from robust.html_report import Picture, comparison_page
+from robust.page import Picture
 from robust.report_folder import write_report
 from robust.run_setup import CHECKPOINT, LAST, LOG, TrainingError
 
@@ -78,9 +79,8 @@ def write_comparison(lines: Sequence[Line], curves: Mapping[str, RobustCurve], o
         drawings.append(("overfitting", "Robust overfitting", text, functools.partial(overfitting, curves)))
     pictures = []
     for name, title, text, draw in drawings:
-        light, dark = plots.png(draw(plots.LIGHT)), plots.png(draw(plots.DARK))
-        write_whole(out / f"{name}.png", light)
-        pictures.append(Picture(title, text, light, dark))
+        plots.save(draw(plots.LIGHT), out / f"{name}.png")
+        pictures.append(Picture(title, text, plots.svg(draw(plots.LIGHT)), plots.svg(draw(plots.DARK))))
     page = out / "comparison.html"
     write_whole(page, comparison_page([cells(line) for line in lines], pictures))
     return page
@@ -94,7 +94,7 @@ def robust_curve(records: Sequence[Mapping[str, Any]]) -> RobustCurve:
 
 def accuracies(lines: Sequence[Line], theme: plots.Theme = plots.LIGHT) -> Figure:
     """Clean, robust and worst-class robust accuracy of each line, one inside the other."""
-    figure, (axes,) = plots.empty_figure(theme, 5.4, 1.1 + 0.34 * max(len(lines), 2))
+    figure, (axes,) = plots.empty_figure(theme, plots.WIDTH, 1.1 + 0.34 * max(len(lines), 2))
     levels = (
         ("clean", "clean", [line.clean for line in lines], 0.78),
         ("under attack", "under_attack", [line.robust for line in lines], 0.5),
@@ -107,13 +107,13 @@ def accuracies(lines: Sequence[Line], theme: plots.Theme = plots.LIGHT) -> Figur
     axes.set_xlim(0, 1)
     plots.percent_axis(axes.xaxis)
     axes.grid(visible=False, axis="y")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, labelcolor=theme.text)
+    plots.legend_above(axes, theme, columns=3)
     return figure
 
 
 def overfitting(curves: Mapping[str, RobustCurve], theme: plots.Theme = plots.LIGHT) -> Figure:
     """Robust validation accuracy of each run against the epoch, its best epoch marked."""
-    figure, (axes,) = plots.empty_figure(theme, 5.4, 3.5)
+    figure, (axes,) = plots.empty_figure(theme, plots.WIDTH, 3.5)
     for number, (name, curve) in enumerate(curves.items()):
         _curve(axes, name, curve, number, theme)
     plots.percent_axis(axes.yaxis)
@@ -121,7 +121,7 @@ def overfitting(curves: Mapping[str, RobustCurve], theme: plots.Theme = plots.LI
     axes.set_ylabel("robust validation accuracy")
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, labelcolor=theme.text)
+    plots.legend_above(axes, theme, columns=2)
     return figure
 
 

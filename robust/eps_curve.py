@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attacks.attack import Attack
+from attacks.attack import ATTACKS, Attack
 from attacks.mode import attack_mode
 from attacks.threat import Ball
 from certify.precision import exact_arithmetic
 from certify.verdict import logits_of
+from certify.verifier import VERIFIERS
 from robust.checkpoint import ball_facts
-from robust.evaluate import AnyVerifier, classified, seeded
+from robust.evaluate import AnyVerifier, classified, describe, seeded
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class EpsCurve:
         norm: of the ball. eps: radii in pixel units, ascending.
         certified, under_attack: fraction of all examples at each radius; empty where not measured.
         clean: fraction right without perturbation. examples: how many were used.
+        verifier, attack: what measured `certified` and `under_attack`, as text.
     """
 
     norm: str
@@ -34,6 +36,8 @@ class EpsCurve:
     under_attack: tuple[float, ...] = ()
     clean: float | None = None
     examples: int = 0
+    verifier: str = ""
+    attack: str = ""
 
     def __post_init__(self) -> None:
         for name in ("certified", "under_attack"):
@@ -116,6 +120,8 @@ def eps_curve(
         under_attack=tuple(attacked_over_eps(*arguments, attack, batch_size)) if attack else (),
         clean=clean,
         examples=len(images),
+        verifier=describe(VERIFIERS, bound) or "",
+        attack=describe(ATTACKS, attack) or "",
     )
 
 

@@ -19,6 +19,8 @@ from robust.eps_curve import EpsCurve, eps_curve
 from robust.evaluate import evaluate
 from robust.flags import add_machine, count, usable_device
 from robust.images import Images
+from robust.lipschitz import LIPSCHITZ_FOLDER, Constants
+from robust.nearest_examples import nearest_examples
 from robust.problem import add_problem, images_of, problem
 from robust.report import ROWS_FILE, Rate, Report
 from robust.report_folder import write_report
@@ -37,7 +39,7 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder of the results (default: one beside the checkpoint, named after the command)"
     )
-    parser.add_argument("--no-curve", action="store_true", help="leave out accuracy over growing radii")
+    parser.add_argument("--no-curve", action="store_true", help="leave out what is measured for the pictures alone")
     add_machine(parser)
 
 
@@ -69,6 +71,7 @@ def judge(options: argparse.Namespace, verifier: Any, attack: Any) -> None:
         return
     if not options.no_curve:
         sources = dataclasses.replace(sources, curve=_curve(options, checkpoint, images, ball, verifier, attack))
+        nearest_examples(checkpoint.model, images, report, ball).save(out)
     sources.save(out)
     draw(report, out, sources, images)
 
@@ -105,6 +108,7 @@ def draw(report: Report, out: Path, sources: Sources | None, images: Images | No
         images=images,
         log=log if log is not None and log.exists() else None,
         curve=sources.curve if sources is not None else None,
+        constants=Constants.load(out.parent / LIPSCHITZ_FOLDER),
     )
     print(summary_lines(report))
     print(f"report: {page}")

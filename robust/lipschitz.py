@@ -18,9 +18,11 @@ from certify.spec import margin_spec
 from certify.verdict import evaluation, logits_of
 from robust import plots
 from robust.checkpoint import ball_facts
-from robust.files import JsonLines, encode, write_whole
+from robust.files import JsonLines, encode, read_json_lines, write_whole
 from robust.images import Images
+from robust.page import NORM_WORDS
 
+LIPSCHITZ_FOLDER = "lipschitz"
 ROWS_FILE = "lipschitz.jsonl"
 EPS_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -44,6 +46,36 @@ class Plan:
     def facts(self) -> dict[str, Any]:
         """JSON form of what the rows depend on."""
         return {"method": self.method, "options": dict(self.options), "margins": self.margins}
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Local Lipschitz constants that `measure` wrote: an upper bound and an attained value per example.
+
+    Attributes:
+        words: of what, over which ball and by which method.
+    """
+
+    upper: tuple[float, ...]
+    attained: tuple[float, ...]
+    words: str
+
+    @classmethod
+    def load(cls, folder: Path) -> Constants | None:
+        """Those in `folder`, None where there are none; ValueError where the file is none of `measure`."""
+        path = folder / ROWS_FILE
+        if not path.exists():
+            return None
+        header, *rows = read_json_lines(path) or [{}]
+        if not rows:
+            return None
+        try:
+            what = "margins" if header["margins"] else "logits"
+            ball = f"{NORM_WORDS[header['ball']['norm']]}, ε = {plots.radius(header['ball']['eps'])}"
+            words = f"of the {what} around {len(rows)} images ({ball}, method {header['method']})"
+            return cls(tuple(row["constant"] for row in rows), tuple(row["attained"] for row in rows), words)
+        except KeyError as error:
+            raise ValueError(f"{path}: no file of `robust lipschitz`, {error} is missing; remove it") from None
 
 
 def measure(

@@ -1,7 +1,7 @@
 """Pictures of a report and of a training run, drawn without a display and without global state.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; every mark is also told by a word, a line style
-or a size. Each function returns a figure; `save` and `png` write it.
+or a size. Each function returns a figure; `save`, `png` and `svg` write it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from torch import Tensor
 
 from robust.eps_curve import EpsCurve
@@ -25,6 +27,8 @@ from robust.files import write_whole
 from robust.report import NO_CLASS, Report, Row, Status
 
 DPI = 150
+WIDTH = 4.4
+"""Inches of a picture: its letters are legible on a phone, and two stand side by side on a screen."""
 MOST_CLASSES = 25
 
 
@@ -52,6 +56,15 @@ TERM_COLOURS = ("#e69f00", "#009e73", "#cc79a7", "#d55e00", "#8c8c8c")
 NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
 
 
+def svg(figure: Figure) -> bytes:
+    """The figure as an SVG file with its letters as outlines; the same figure gives the same bytes."""
+    content = io.BytesIO()
+    # Names inside the file are random without a salt.
+    with matplotlib.rc_context({"svg.hashsalt": "robust", "svg.fonttype": "path"}):
+        FigureCanvasSVG(figure).print_svg(content, metadata={"Date": None, "Creator": None})
+    return content.getvalue()
+
+
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file; the same figure gives the same bytes."""
     content = io.BytesIO()
@@ -73,7 +86,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def over_eps(curve: EpsCurve, eps: float | None = None, theme: Theme = LIGHT) -> Figure:
     """Accuracies against the radius; `eps` marks the radius of the report with a vertical line."""
-    figure, (axes,) = empty_figure(theme, 5.4, 3.5)
+    figure, (axes,) = empty_figure(theme, WIDTH, 3.5)
     unit, unit_name = _unit(curve)
     x = [unit * value for value in curve.eps]
     levels = {
@@ -114,13 +127,13 @@ def per_class(report: Report, theme: Theme = LIGHT) -> Figure:
     least = report.measured()[0]
     shown = sorted(classes, key=lambda label: getattr(classes[label], least).fraction)[:MOST_CLASSES]
     shown = sorted(shown) if len(shown) == len(classes) else shown
-    figure, (axes,) = empty_figure(theme, 5.4, 1.1 + 0.34 * max(len(shown), 2))
+    figure, (axes,) = empty_figure(theme, WIDTH, 1.1 + 0.34 * max(len(shown), 2))
     position = np.arange(len(shown))
     lines = [line for line in LINES if line[0] in report.measured()]
     for (name, word, _), height in zip(lines, (0.78, 0.5, 0.22), strict=False):
         values = [getattr(classes[label], name).fraction for label in shown]
         axes.barh(position, values, height, color=getattr(theme, name), label=word)
-    axes.set_yticks(position, [_shorten(class_name(report, label), 18) for label in shown])
+    axes.set_yticks(position, [shorten(class_name(report, label), 18) for label in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(0, 1)
     percent_axis(axes.xaxis)
@@ -130,7 +143,7 @@ def per_class(report: Report, theme: Theme = LIGHT) -> Figure:
     axes.set_xlabel(f"share of the class{f' ({rest})' if rest else ''}")
     axes.grid(visible=False, axis="y")
     axes.set_axisbelow(True)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, labelcolor=theme.text, borderpad=0.2)
+    legend_above(axes, theme, columns=3)
     return figure
 
 
@@ -161,7 +174,7 @@ def training_curves(records: Sequence[Mapping[str, Any]], theme: Theme = LIGHT) 
         "accuracy": {name: [(e, v / 100) for e, v in points] for name, points in _curves(records, "validation/")},
         "loss": dict(_curves(records, "loss/")),
     }
-    figure, (above, below) = empty_figure(theme, 5.4, 5.0, 2, 1, sharex=True)
+    figure, (above, below) = empty_figure(theme, WIDTH, 5.0, 2, 1, sharex=True)
     for axes, (title, lines) in zip((above, below), panels.items(), strict=True):
         for number, (name, points) in enumerate(lines.items()):
             colour, style = line_look(name, number, theme)
@@ -169,9 +182,7 @@ def training_curves(records: Sequence[Mapping[str, Any]], theme: Theme = LIGHT) 
             axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.9, marker=marker, label=_word(name))
         axes.set_ylabel(title)
         if lines:
-            axes.legend(
-                loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, labelcolor=theme.text, borderaxespad=0.0
-            )
+            legend_above(axes, theme, columns=3)
     percent_axis(above.yaxis)
     above.set_ylim(0, 1)
     below.set_xlabel("epoch")
@@ -226,6 +237,21 @@ def empty_figure(
     return figure, grid
 
 
+def legend_above(axes: Axes, theme: Theme, columns: int) -> None:
+    """Names of the marks above the plot, where they cost no width and hide nothing."""
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=columns,
+        frameon=False,
+        labelcolor=theme.text,
+        fontsize=9.5,
+        borderpad=0.2,
+        handlelength=1.6,
+        columnspacing=1.2,
+    )
+
+
 def percent_axis(axis: Any) -> None:
     """Label an axis of fractions in percent."""
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -264,7 +290,7 @@ def _example(axes: Axes, report: Report, row: Row, image: Tensor, theme: Theme) 
     axes.grid(visible=False)
     for spine in axes.spines.values():
         spine.set(visible=True, color=colour, linewidth=2.5)
-    label, predicted = (_shorten(class_name(report, label), 14) for label in (row.label, row.predicted))
+    label, predicted = (shorten(class_name(report, label), 14) for label in (row.label, row.predicted))
     axes.set_title(
         label if row.label == row.predicted else f"{label} → {predicted}", fontsize=9, color=theme.text, pad=4
     )
@@ -311,28 +337,33 @@ def line_look(name: str, number: int, theme: Theme) -> tuple[str, str]:
 
 def _word(name: str) -> str:
     """A curve's name without the part that the axis already says."""
-    return _shorten(name.partition("/")[2].replace("_", " "), 22)
+    return shorten(name.partition("/")[2].replace("_", " "), 22)
 
 
-def _shorten(text: str, most: int) -> str:
+def shorten(text: str, most: int) -> str:
+    """The text, cut where it is longer than `most` letters."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-LIPSCHITZ_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
-
-
-def constants_histogram(constants: Mapping[str, Sequence[float]], theme: Theme = LIGHT) -> Figure:
+def constants_histogram(
+    constants: Mapping[str, Sequence[float]], theme: Theme = LIGHT, colours: Sequence[str] | None = None
+) -> Figure:
     """Histogram of local Lipschitz constants on a logarithmic axis; one outline for each named group of examples."""
-    figure, (axes,) = empty_figure(theme, 5.4, 3.5)
+    figure, (axes,) = empty_figure(theme, WIDTH, 3.5)
     values = [max(v, 1e-12) for group in constants.values() for v in group]
     edges = np.geomspace(min(values) / 1.02, max(values) * 1.02, 31).tolist()
-    for (name, group), colour in zip(constants.items(), _cycled(len(constants)), strict=True):
+    for (name, group), colour in zip(constants.items(), colours or cycled(len(constants), theme), strict=True):
         axes.hist([max(v, 1e-12) for v in group], edges, histtype="stepfilled", alpha=0.35, color=colour)
         axes.hist([max(v, 1e-12) for v in group], edges, histtype="step", linewidth=1.8, color=colour, label=name)
     axes.set_xscale("log")
+    few_decades = edges[-1] < 100 * edges[0]
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few_decades else (1.0,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("local Lipschitz constant")
     axes.set_ylabel("examples")
-    axes.legend(frameon=False, labelcolor=theme.text, fontsize=9.5)
+    legend_above(axes, theme, columns=2)
     return figure
 
 
@@ -350,7 +381,7 @@ def constants_per_class(
     axes.plot(range(len(present)), means[1], "D", color=theme.under_attack, markersize=5, label="attained")
     axes.set_xticks(range(len(present)), [classes[k] for k in present], rotation=45, ha="right")
     axes.set_ylabel("mean local Lipschitz constant")
-    axes.legend(frameon=False, labelcolor=theme.text, fontsize=9.5)
+    legend_above(axes, theme, columns=2)
     return figure
 
 
@@ -358,17 +389,19 @@ def constants_over_eps(
     eps: Sequence[float], bounds: Mapping[str, tuple[Sequence[float], Sequence[float]]], theme: Theme = LIGHT
 ) -> Figure:
     """Mean (upper bound, attained value) against the radius, one pair of lines for each name."""
-    figure, (axes,) = empty_figure(theme, 5.4, 3.5)
-    for (name, (upper, lower)), colour in zip(bounds.items(), _cycled(len(bounds)), strict=True):
+    figure, (axes,) = empty_figure(theme, WIDTH, 3.5)
+    for (name, (upper, lower)), colour in zip(bounds.items(), cycled(len(bounds), theme), strict=True):
         axes.plot(eps, upper, "-o", color=colour, linewidth=2, markersize=4, label=f"{name}, upper bound")
         axes.plot(eps, lower, "--", color=colour, linewidth=1.6, label=f"{name}, attained")
     axes.set_yscale("symlog", linthresh=1e-3)
     axes.set_xlim(left=0)
     axes.set_xlabel("radius ε (pixel units)")
     axes.set_ylabel("mean local Lipschitz constant")
-    axes.legend(frameon=False, labelcolor=theme.text, fontsize=9.5)
+    legend_above(axes, theme, columns=2)
     return figure
 
 
-def _cycled(count: int) -> list[str]:
-    return [LIPSCHITZ_COLOURS[i % len(LIPSCHITZ_COLOURS)] for i in range(count)]
+def cycled(count: int, theme: Theme) -> list[str]:
+    """Colours for so many lines or groups; they repeat where there are many."""
+    colours = (theme.certified, *TERM_COLOURS)
+    return [colours[i % len(colours)] for i in range(count)]

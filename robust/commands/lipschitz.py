@@ -7,7 +7,7 @@ import argparse
 from certify.lipschitz.local import METHODS
 from robust.flags import usable_device
 from robust.judging import add_evaluation
-from robust.lipschitz import Plan, measure
+from robust.lipschitz import LIPSCHITZ_FOLDER, Plan, measure
 from robust.problem import images_of, problem
 
 WORDS = "local Lipschitz constants of a checkpoint around its images"
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     device = usable_device(options.device)
     checkpoint, data, ball = problem(options)
     images = images_of(options, data)
-    out = options.out or options.checkpoint.parent / "lipschitz"
+    out = options.out or options.checkpoint.parent / LIPSCHITZ_FOLDER
     chosen = {name: getattr(options, name) for name in ("states", "timeout") if getattr(options, name) is not None}
     plan = Plan(
         options.method, tuple(chosen.items()), options.margins, 0 if options.no_curve else 20, options.batch_size or 100

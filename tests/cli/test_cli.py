@@ -34,7 +34,7 @@ SMALL = (
 MODEL = "cnn3:width=4"
 REPORT_FILES = {
     "rows.jsonl", "rows.csv", "summary.json", "summary.csv", "report.html", "sources.json",
-    "examples.png", "per_class.png", "training.png", "over_eps.png",
+    "examples.png", "per_class.png", "training.png", "over_eps.png", "nearest.safetensors",
 }  # fmt: skip
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -127,7 +127,7 @@ def test_a_report_is_drawn_again_in_full_also_from_another_folder(
     folder = tmp_path / "report"
     assert robust("certify", checkpoint, "--limit", 20, "--out", folder, "--quiet")[0] == 0
     page = (folder / "report.html").read_bytes()
-    for name in REPORT_FILES - {"rows.jsonl", "sources.json"}:
+    for name in REPORT_FILES - {"rows.jsonl", "sources.json", "nearest.safetensors"}:
         (folder / name).unlink()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -281,7 +281,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         ("attack CHECKPOINT --attack pgb", "no attack named 'pgb' (did you mean 'pgd'?)"),
         ("attack CHECKPOINT --attack pgd:step=3", "attack 'pgd' has no field 'step' (did you mean 'steps'?)"),
         ("report gone", "gone/rows.jsonl: no such report"),
-        ("report", "required: folder"),
+        ("report", "required: RUN"),
         ("methods attack", "argument KIND: invalid choice: 'attack'"),
         ("recipes nosuch", "no recipe 'nosuch'"),
         ("trian", "argument COMMAND: invalid choice: 'trian'"),

@@ -19,7 +19,7 @@ FLAGS = {
     "compare": {"attacks", "limit", "batch-size", "out"},
     "masking": {"data", "split", "eps", "norm", "model", "limit", "out"},
     "sweep": {"over", "trials", "out"},
-    "report": set(),
+    "report": {"out"},
     "methods": set(),
     "recipes": set(),
 }

@@ -14,8 +14,9 @@ import torch
 
 from robust.eps_curve import EpsCurve
 from robust.files import encode
-from robust.html_report import duration, html_page, percent
+from robust.html_report import html_page
 from robust.images import MemoryImages
+from robust.page import duration, percent
 from robust.report import Report, Row
 from robust.report_folder import write_report
 from tests.robust.test_plots import HEADER, report
@@ -84,7 +85,7 @@ def test_the_rows_that_an_evaluation_wrote_stay_as_they_are(tmp_path: Path) -> N
 def test_the_page_stands_alone_and_says_what_matters(tmp_path: Path) -> None:
     page = write_report(report(), tmp_path, images=images()).read_text()
     tags = Tags(page)
-    assert all(source.startswith("data:image/png;base64,") for source in tags.sources)
+    assert all(source.startswith(("data:image/png;base64,", "data:image/svg+xml;base64,")) for source in tags.sources)
     assert not re.search(r"https?://|url\(|@import", page)
     assert {"script", "link", "iframe"}.isdisjoint(tags.names)
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
