@@ -6,6 +6,7 @@ from robust.evaluate import evaluate
 from robust.model import MODELS
 from robust.objective import OBJECTIVES
 from robust.report import Report
+from robust.report_folder import write_report
 from robust.settings import Settings, load_recipe
 from robust.trainer import train
 
@@ -22,4 +23,5 @@ __all__ = [
     "load_recipe",
     "parse_dataset",
     "train",
+    "write_report",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import os
 import pkgutil
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if options.debug:
             raise
-        print(f"robust: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"robust: {' '.join(_words(error).split())}", file=sys.stderr)
         return 2
     except torch.cuda.OutOfMemoryError:
         if options.debug:
@@ -58,6 +59,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("robust: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _words(error: BaseException) -> str:
+    """The error's message; the system's own errors with the file first, and what to do."""
+    if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
+        return str(error)
+    advice = {
+        errno.ENOSPC: "free some space, or give --out a folder on another disk; the same command goes on",
+        errno.EDQUOT: "free some space, or give --out a folder elsewhere; the same command goes on",
+        errno.EACCES: "give a place that you may read and write, with --out or --root",
+        errno.EPERM: "give a place that you may read and write, with --out or --root",
+        errno.EROFS: "give --out a folder that can be written",
+        errno.ENOTDIR: "a part of that path is a file; give --out another folder",
+        errno.EISDIR: "expected a file",
+        errno.ENOENT: "there is no such file or folder",
+    }.get(error.errno or 0)
+    return f"{error.filename}: {error.strerror}{f'; {advice}' if advice else ''}"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -40,6 +40,8 @@ def replacing(path: Path) -> Iterator[Path]:
         with sibling.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(sibling, path)
+    except OSError as error:
+        raise _naming(path, error) from error
     finally:
         sibling.unlink(missing_ok=True)
     _sync_folder(path.parent)
@@ -82,8 +84,11 @@ class JsonLines:
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records at the end; they are on the disk when this returns."""
         lines = [encode(record).encode("utf-8") + b"\n" for record in records]
-        self._file.write(b"".join(lines))
-        self._sync()
+        try:
+            self._file.write(b"".join(lines))
+            self._sync()
+        except OSError as error:
+            raise _naming(self.path, error) from error
         for line in lines:
             self.records.append(json.loads(line))
             self._ends.append((self._ends[-1] if self._ends else 0) + len(line))
@@ -157,6 +162,12 @@ def _finite(value: Any) -> Any:
     if not isinstance(value, float) and hasattr(value, "item"):
         return _finite(value.item())
     return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
+def _naming(path: Path, error: OSError) -> OSError:
+    """The error with the name of the file: a full disk's has none, a temporary file's means nothing to a user."""
+    known = error.filename is not None and Path(error.filename).parent != path.parent
+    return error if known or error.errno is None else OSError(error.errno, error.strerror, str(path))
 
 
 def _lock(descriptor: int, path: Path) -> None:

@@ -103,13 +103,16 @@ class Decoder:
     crop: int | None = None
 
     def __call__(self, path: Path) -> Tensor:
-        """Pixels of `path`; ValueError if it has more than 8 bits a channel or is smaller than the crop."""
+        """Pixels of `path`; ValueError if it cannot be read, has over 8 bits a channel or is smaller than the crop."""
         from PIL import Image
 
-        with Image.open(path) as file:
-            if file.mode[0] in "IF":
-                raise ValueError(f"{path}: pixels have more than 8 bits (mode {file.mode}); convert it to 8 bits")
-            image = file.convert("RGB" if self.channels == 3 else "L")
+        try:
+            with Image.open(path) as file:
+                if file.mode[0] in "IF":
+                    raise ValueError(f"{path}: pixels have more than 8 bits (mode {file.mode}); convert it to 8 bits")
+                image = file.convert("RGB" if self.channels == 3 else "L")
+        except (OSError, SyntaxError) as error:  # PIL: unknown and truncated files; PNG files with damaged blocks
+            raise ValueError(f"{path}: no image that can be read ({error}); remove or replace it") from None
         if self.resize is not None:
             scale = self.resize / min(image.size)
             wide, high = (max(self.resize, round(side * scale)) for side in image.size)
@@ -140,7 +143,9 @@ class FileImages(Images):
         for file, image in zip(files, images, strict=True):
             if image.shape != images[0].shape:
                 sizes = " and ".join("x".join(map(str, i.shape[1:])) for i in (images[0], image))
-                raise ValueError(f"images differ in size ({sizes}): {files[0]}, {file}; give a common size")
+                raise ValueError(
+                    f"images differ in size ({sizes}): {files[0]}, {file}; give a common size (folder:path=DIR,size=32)"
+                )
         return to_unit_range(torch.stack(images).to(device)), self.labels[index.to("cpu")].to(device)
 
     def subset(self, index: Tensor) -> FileImages:

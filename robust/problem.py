@@ -11,7 +11,7 @@ from robust.checkpoint import Checkpoint, CheckpointError, load, load_state_dict
 from robust.dataset import DataSet, parse_dataset
 from robust.flags import count
 from robust.images import Images
-from robust.model import MODELS
+from robust.own_model import model_for
 
 
 def add_problem(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,10 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=("test", "train"), default="test", help="which images (default: test)")
     parser.add_argument("--eps", help="radius in pixel units, such as 8/255 (default: the checkpoint's)")
     parser.add_argument("--norm", help="linf, l2 or l1 (default: the checkpoint's)")
-    parser.add_argument("--model", help="architecture of a plain state dict, which is loaded without running its code")
+    parser.add_argument(
+        "--model",
+        help="architecture of a plain state dict: a registered one, or your own nn.Module as FILE.py:NAME, which is run",
+    )
     parser.add_argument("--limit", type=count, metavar="N", help="only the first N images")
 
 
@@ -37,7 +40,7 @@ def problem(options: argparse.Namespace) -> tuple[Checkpoint, DataSet, Ball]:
     if missing:
         raise CheckpointError(f"{options.checkpoint}: a plain state dict also needs --{' and --'.join(missing)}")
     data = parse_dataset(options.data)(options.root)
-    model = MODELS.parse(options.model)(data.input_shape, len(data.classes), data.mean, data.std)
+    model = model_for(options.model, data)
     load_state_dict_file(options.checkpoint, model)
     ball = make_ball(options.norm or "linf", number(options.eps))
     facts = {"model": options.model, "data": options.data, "input_shape": list(data.input_shape)}

@@ -70,10 +70,12 @@ class RowsOnDisk:
             self._lines.close()
 
     def _resume(self, lines: JsonLines) -> None:
-        if not lines.records:
+        earlier = Report.from_records(lines.records, lines.path) if lines.records else Report()
+        if not earlier.rows:
+            # Nothing was decided yet, so an evaluation that failed at once does not stand in the way of the next.
+            lines.keep(0)
             lines.append([header_record(self.header)])
             return
-        earlier = Report.from_records(lines.records, lines.path)
         whole = self._whole_blocks([row.index for row in earlier.rows])
         _refuse_another_evaluation(lines.path, earlier, self.header, len(self._chosen), whole)
         assert whole is not None

@@ -41,7 +41,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     digest = _sha256(stored, text)
     header = {"format": FORMAT, "version": str(VERSION), "metadata": text, "sha256": digest}
     with replacing(Path(path)) as sibling:
-        safetensors.torch.save_file(stored, sibling, metadata=header)
+        try:
+            safetensors.torch.save_file(stored, sibling, metadata=header)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({error})") from None
     return digest
 
 

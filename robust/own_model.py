@@ -1,0 +1,113 @@
+"""A user's own network, named by the file that defines it: `--model my_net.py:MyNet`.
+
+The file's code runs, and it runs only because the user names it on the command line; what a checkpoint's settings say
+is never run. The weights still come from a state dict that is loaded without running its code.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from certify.verdict import logits_of
+from robust.dataset import DataSet
+from robust.model import MODELS
+
+
+class OwnModelError(ValueError):
+    """A file, a name in it or a network that cannot be used; the message is one line."""
+
+
+def is_own(text: str) -> bool:
+    """Whether the text names a file of Python rather than a registered architecture."""
+    return text.partition(":")[0].endswith(".py")
+
+
+def model_for(text: str, data: DataSet) -> nn.Module:
+    """Network with fresh weights: the user's own, or the registered architecture made for the data set.
+
+    Raises:
+        OwnModelError: no such file or name, code that fails, or a network that does not take the data set's images.
+        UnknownName: no such architecture.
+    """
+    if not is_own(text):
+        return MODELS.parse(text)(data.input_shape, len(data.classes), data.mean, data.std)
+    model = _build(text)
+    _check_fits(model, text, data)
+    return model
+
+
+def _build(text: str) -> nn.Module:
+    """What NAME in FILE.py makes without arguments: a class, a function, or a network that is already there."""
+    file, _, name = text.partition(":")
+    module = _imported(Path(file))
+    made_here = [
+        word
+        for word, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, nn.Module) and value.__module__ == module.__name__
+    ]
+    known = f"{file} defines {', '.join(made_here) or 'no class of nn.Module'}"
+    if not name:
+        raise OwnModelError(
+            f"--model {text}: which network? {known}; write --model {file}:{(made_here or ['NAME'])[0]}"
+        )
+    if not hasattr(module, name):
+        raise OwnModelError(f"--model {text}: no {name!r} in the file; {known}")
+    found = getattr(module, name)
+    try:
+        model = found if isinstance(found, nn.Module) else found()
+    except Exception as error:  # the user's code: whatever it raises is for the user to read
+        raise OwnModelError(
+            f"--model {text}: {name}() fails ({_first_line(error)}); name a class or a function that needs no "
+            f"arguments, such as def net(): return {name}(...)"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise OwnModelError(f"--model {text}: {name}() gives {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+def _imported(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise OwnModelError(f"--model: there is no file {path} (looked for {path.resolve()})")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # As for a script: what lies beside the file can be imported by it.
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise OwnModelError(f"--model: {path} cannot be imported: {_first_line(error)}") from error
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    return module
+
+
+def _check_fits(model: nn.Module, text: str, data: DataSet) -> None:
+    """OwnModelError where the network does not map images of the data set to a logit for each class."""
+    images = f"images {'x'.join(map(str, data.input_shape))} of {data.name}"
+    try:
+        logits = logits_of(model, torch.zeros(2, *data.input_shape))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise OwnModelError(
+            f"--model {text} does not take the {images} ({_first_line(error)}); another size or channels=1: "
+            "folder:path=DIR,size=32,channels=1"
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.shape[:1] != (2,) or logits.dim() != 2:
+        shape = f"shape {list(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise OwnModelError(f"--model {text}: expected logits [2, classes] for two {images}, got {shape}")
+    if logits.shape[1] < len(data.classes):
+        raise OwnModelError(
+            f"--model {text} has {logits.shape[1]} logits, but {data.name} has {len(data.classes)} classes; give "
+            "another --data"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
