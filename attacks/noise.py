@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+Sampler = Callable[..., Tensor]
+"""torch.rand, torch.randn and their kind: (shape, dtype=, device=, generator=) -> numbers."""
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One stream for the batch, one per example (`len(generators) == B`), or None for torch's global stream."""
 
@@ -27,6 +30,37 @@ def normal(shape: Sequence[int], like: Tensor, generators: Generators) -> Tensor
     return _draw(torch.randn, shape, like, generators)
 
 
+class Share(torch.Generator):
+    """The noise of some rows of a batch whose other rows are elsewhere, on other processes.
+
+    What is drawn for those rows is cut from a draw for the whole batch, so that all processes together have what one
+    would draw. Noise of another length (rows dropped, several per image) comes from a stream of this share alone,
+    which is what the object itself is.
+
+    Args:
+        whole: stream of the batch, in the same state on every process.
+        rows: numbers of the rows, int64 `[b]`. count: rows of the whole batch.
+    """
+
+    def __new__(cls, whole: torch.Generator, rows: Tensor, count: int) -> Share:
+        return super().__new__(cls, whole.device)  # type: ignore[call-arg]
+
+    def __init__(self, whole: torch.Generator, rows: Tensor, count: int) -> None:
+        self.whole, self.rows, self.count = whole, rows, count
+        self.manual_seed(_mix(whole.initial_seed(), *rows[:1].tolist()))
+
+
+def draw(
+    sampler: Sampler, shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Numbers `shape` = [B, ...] on the generator's device; those of its rows where it is a Share."""
+    if isinstance(generator, Share) and shape[0] == len(generator.rows):
+        whole = generator.whole
+        drawn = sampler((generator.count, *shape[1:]), dtype=dtype, device=whole.device, generator=whole)
+        return drawn[generator.rows.to(drawn.device)]
+    return sampler(tuple(shape), dtype=dtype, device=generator.device, generator=generator)
+
+
 def streams(seed: int, positions: Iterable[int], *keys: int) -> list[torch.Generator]:
     """One CPU generator per example, keyed by (seed, keys, position): `keys` tells restarts and attacks apart."""
     return [torch.Generator().manual_seed(_mix(seed, *keys, position)) for position in positions]
@@ -37,12 +71,11 @@ def _mix(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
 
 
-def _draw(sampler: Callable[..., Tensor], shape: Sequence[int], like: Tensor, generators: Generators) -> Tensor:
+def _draw(sampler: Sampler, shape: Sequence[int], like: Tensor, generators: Generators) -> Tensor:
     if generators is None:
         return sampler(shape, dtype=like.dtype, device=like.device)
     if isinstance(generators, torch.Generator):
-        drawn = sampler(shape, dtype=like.dtype, device=generators.device, generator=generators)
-        return drawn.to(like.device)
+        return draw(sampler, shape, generators, like.dtype).to(like.device)
     if len(generators) != shape[0]:
         raise ValueError(f"expected one generator per example: {shape[0]} examples, {len(generators)} generators")
     rows = [sampler(shape[1:], dtype=like.dtype, device=g.device, generator=g) for g in generators]

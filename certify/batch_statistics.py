@@ -9,25 +9,39 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from certify.all_reduce import summed
 from certify.ops.batch_norm import Statistics
 
 
-def batch_norm(layer: nn.modules.batchnorm._BatchNorm, x: Tensor, constant: bool = False) -> tuple[Tensor, Statistics]:
+def batch_norm(
+    layer: nn.modules.batchnorm._BatchNorm,
+    x: Tensor,
+    constant: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Statistics]:
     """Training-mode output of `layer` on `x` `[B, C, ...]`, with the batch's mean and biased variance `[C]`.
 
     Running statistics are updated as the layer would. Raises ValueError for a batch of one number per channel.
 
     Args:
         constant: gradients flow to x alone, not to the layer's weight and bias.
+        group: processes that have a part of the batch each; the statistics are those of the whole.
     """
-    count = x.numel() // x.shape[1]
-    if count < 2:
+    count: int | Tensor = x.numel() // x.shape[1]
+    if group is None and count < 2:
         raise ValueError(f"BatchNorm needs more than one value per channel in training, got input {tuple(x.shape)}")
     affine = (layer.weight, layer.bias)
     weight, bias = (None if part is None else part.detach() for part in affine) if constant else affine
-    out, mean, var = _BatchNorm.apply(x, weight, bias, layer.eps)
+    if group is None:
+        out, mean, var = _BatchNorm.apply(x, weight, bias, layer.eps)
+    else:
+        mean, var, count = _over(group, x)
+        scale = torch.rsqrt(var + layer.eps) if weight is None else torch.rsqrt(var + layer.eps) * weight
+        out = (x - _per_channel(mean, x)) * _per_channel(scale, x)
+        out = out if bias is None else out + _per_channel(bias, x)
     if layer.track_running_stats and layer.running_mean is not None and layer.running_var is not None:
         with torch.no_grad():
             assert layer.num_batches_tracked is not None
@@ -36,6 +50,21 @@ def batch_norm(layer: nn.modules.batchnorm._BatchNorm, x: Tensor, constant: bool
             layer.running_mean.lerp_(mean.detach(), momentum)
             layer.running_var.lerp_(var.detach() * (count / (count - 1)), momentum)
     return out, Statistics(mean, var)
+
+
+def _over(group: dist.ProcessGroup, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, biased variance, numbers per channel) of the batch whose parts `[b, C, ...]` the processes have.
+
+    In two passes: the difference of the mean square and the squared mean would cancel.
+    """
+    others = [axis for axis in range(x.dim()) if axis != 1]
+    sums = summed(torch.cat([x.sum(others), x.new_full((1,), x.numel() // x.shape[1])]), group)
+    mean, count = sums[:-1] / sums[-1], sums[-1].detach()
+    return mean, summed((x - _per_channel(mean, x)).square().sum(others), group) / count, count
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(1, -1, *[1] * (x.dim() - 2))
 
 
 class _BatchNorm(torch.autograd.Function):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.fx
 from torch import Tensor, nn
 
@@ -95,10 +96,16 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Graph:
-    """A model as steps that build ops from live parameters (see the module's docstring), and the model itself."""
+    """A model as steps that build ops from live parameters (see the module's docstring), and the model itself.
+
+    Attributes:
+        group: processes that have a part of every training batch each; BatchNorm's batch statistics are then those of
+            the whole. None for one process.
+    """
 
     steps: tuple[Step, ...]
     model: nn.Module
+    group: dist.ProcessGroup | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -155,7 +162,7 @@ class Graph:
         for place, step in enumerate(self.steps[1:], 1):
             op = step.build()
             if isinstance(op, BatchNorm):
-                value, statistics[place] = batch_norm(op.layer, values[step.inputs[0]], constant)
+                value, statistics[place] = batch_norm(op.layer, values[step.inputs[0]], constant, self.group)
             else:
                 op = _map_tensors(op, Tensor.detach) if constant else op
                 value = op.forward(*(values[i] for i in step.inputs))

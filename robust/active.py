@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from attacks.threat import Ball, LinfBall
@@ -30,6 +31,7 @@ class RunFacts:
         build: a call makes another network of a model's text (such as "preactresnet18"), for the same images and
             classes, on the run's device.
         ball: threat model of training at the full radius.
+        group: processes that train together, each with a part of every batch; None for one process.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class RunFacts:
     steps_per_epoch: int
     build: Callable[[str], nn.Module]
     ball: Ball = LinfBall(0.0)
+    group: dist.ProcessGroup | None = None
 
 
 @dataclass

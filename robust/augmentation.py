@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from attacks.noise import draw
 
 Padding = Literal["edge", "constant"]
 
@@ -47,7 +50,7 @@ class Augmentation:
         rows, inside_rows = self._positions(len(x), height, crop_height, generator)
         columns, inside_columns = self._positions(len(x), width, crop_width, generator)
         if self.flip:
-            mirrored = torch.rand(len(x), 1, generator=generator, device=generator.device) < 0.5
+            mirrored = draw(torch.rand, (len(x), 1), generator) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
             inside_columns = torch.where(mirrored, inside_columns.flip(1), inside_columns)
         if not self.flip and self.crop_padding == 0 and (crop_height, crop_width) == (height, width):
@@ -66,7 +69,8 @@ class Augmentation:
         room = size + 2 * self.crop_padding - crop
         if room < 0:
             raise ValueError(f"can not crop {crop} pixels from {size} padded by {self.crop_padding} on each side")
-        start = torch.randint(room + 1, (batch, 1), generator=generator, device=generator.device) - self.crop_padding
+        choose = functools.partial(torch.randint, room + 1)
+        start = draw(choose, (batch, 1), generator, torch.int64) - self.crop_padding
         position = start + torch.arange(crop, device=generator.device)
         return position.clamp(0, size - 1), (position >= 0) & (position < size)
 

@@ -6,6 +6,7 @@ An objective or regulariser that needs one makes it in its `start(run)` and name
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +54,8 @@ class TrainedAlong(Active):
 
     def __init__(self, model: str, run: RunFacts) -> None:
         self.model = run.build(model).train()
-        self.graph = capture(self.model, torch.zeros(1, *run.input_shape, device=next(run.model.parameters()).device))
+        example = torch.zeros(1, *run.input_shape, device=next(run.model.parameters()).device)
+        self.graph = dataclasses.replace(capture(self.model, example), group=run.group)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits `[B, K]`; moves its running statistics."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import textwrap
 from pathlib import Path
 
@@ -24,6 +25,11 @@ def usable_device(text: str) -> str:
         reason = textwrap.shorten(str(error), 80, placeholder=" ...")
         raise ValueError(f"--device {text}: not available here ({reason}); use --device cpu") from None
     return text
+
+
+def own_device(text: str, several: bool) -> str:
+    """Of several processes of a host, started by torchrun, each takes a GPU of its own where --device names none."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if several and text == "cuda" else text
 
 
 def count(text: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from robust.crew import Crew
 from robust.dataset import data_root
 from robust.eps_curve import EpsCurve, eps_curve
 from robust.evaluate import evaluate
-from robust.flags import add_machine, count, usable_device
+from robust.flags import add_machine, count, own_device, usable_device
 from robust.images import Images
 from robust.lipschitz import LIPSCHITZ_FOLDER, Constants
 from robust.nearest_examples import nearest_examples
@@ -45,7 +44,7 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
 
 def judge(options: argparse.Namespace, verifier: Any, attack: Any) -> None:
     crew = Crew.join()
-    options.device = device = usable_device(_own_device(options.device, crew))
+    options.device = device = usable_device(own_device(options.device, crew is not None))
     checkpoint, data, ball = problem(options)
     images = images_of(options, data)
     out = options.out or options.checkpoint.parent / ("certify" if verifier is not None else "attack")
@@ -74,11 +73,6 @@ def judge(options: argparse.Namespace, verifier: Any, attack: Any) -> None:
         nearest_examples(checkpoint.model, images, report, ball).save(out)
     sources.save(out)
     draw(report, out, sources, images)
-
-
-def _own_device(text: str, crew: Crew | None) -> str:
-    """Under torchrun every process of a host takes a GPU of its own where --device names none."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if crew is not None and text == "cuda" else text
 
 
 def _curve(

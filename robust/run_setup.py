@@ -64,6 +64,22 @@ def check_texts(settings: Settings) -> None:
     _check_norm(f"validator {settings.validator}", parse_validator(settings.validator), settings)
 
 
+def refuse_undivided(settings: Settings) -> None:
+    """TrainingError where a method of the run needs every mini-batch in one process."""
+    for registry, texts in (
+        (OBJECTIVES, [settings.objective]),
+        (REGULARIZERS, settings.regularizers),
+        (WEIGHTINGS, settings.weightings),
+        (HOOKS, settings.hooks),
+    ):
+        for text in texts:
+            if getattr(registry.parse(text), "undivided", False):
+                raise TrainingError(
+                    f"{registry.kind} {text} can not be trained by several processes together; start one, "
+                    "without torchrun"
+                )
+
+
 def _check_norm(name: str, method: object, settings: Settings) -> None:
     norms = getattr(method, "norms", (settings.norm,))
     if settings.norm not in norms:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from attacks.noise import Share
 from certify.graph import Graph
 from certify.ops.batch_norm import Statistics
 from robust.active import Active, Moment
 from robust.batch_norm import statistics_kept
 from robust.settings import Settings
-from robust.views import Views
+from robust.team import Part, Team
+from robust.views import Views, WholeViews
 from robust.weighting import Weighting, radius_of
 
 
@@ -50,15 +52,27 @@ class BatchLoss:
     collected and sent through the clean pass once.
 
     Args:
+        x, y: this process's images and labels, `[B, C, H, W]` and `[B]`.
         index: numbers of the images among the training images, `[B]`.
+        team: processes that have the other images of the batch; the gradients and terms are then those of the whole.
+        parts: see `parts_of`; with a team.
     """
 
     def __init__(
-        self, graph: Graph, x: Tensor, y: Tensor, plan: StepPlan, settings: Settings, index: Tensor | None = None
+        self,
+        graph: Graph,
+        x: Tensor,
+        y: Tensor,
+        plan: StepPlan,
+        settings: Settings,
+        index: Tensor | None = None,
+        team: Team | None = None,
+        parts: Sequence[Part] | None = None,
     ) -> None:
         self.graph, self.x, self.y, self.plan, self.settings, self.index = graph, x, y, plan, settings, index
-        size = settings.micro_batch if 0 < settings.micro_batch < len(x) else len(x)
-        self.parts = [slice(start, start + size) for start in range(0, len(x), size)]
+        self.team = team
+        self.parts = parts_of(len(x), settings, None) if parts is None else parts
+        self.count = sum(part.count for part in self.parts)
         self.kept: list[dict[Any, Any]] = [{} for _ in self.parts]
         self.radius = radius_of(plan.weightings, y)
 
@@ -68,7 +82,7 @@ class BatchLoss:
         Args:
             move_statistics: whether running statistics follow; they already have where an earlier pass did it.
         """
-        return self._accumulate(None, None, self._show, move_statistics)
+        return self._added_up(self._accumulate(None, None, self._show, move_statistics))
 
     def gradients(
         self, parameters: Sequence[nn.Parameter], keep: Keep | None = None, move_statistics: bool = False
@@ -84,10 +98,21 @@ class BatchLoss:
             parameter.grad = None
         try:
             self._accumulate(parameters, keep, lambda views: None, move_statistics)
-            return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            if self.team is not None:
+                self.team.add_up(gradients)
+            return gradients
         finally:
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
+
+    def _added_up(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The terms summed over the processes, of which each has its images' share."""
+        if self.team is None:
+            return terms
+        values = torch.stack(list(terms.values()))
+        self.team.add_up([values])
+        return dict(zip(terms, values, strict=True))
 
     def _accumulate(
         self, parameters: Sequence[nn.Parameter] | None, keep: Keep | None, show: Callable[[Views], None], move: bool
@@ -112,14 +137,18 @@ class BatchLoss:
     def _part(
         self, views: Views, inputs: Sequence[Tensor] | None, keep: Keep | None, show: Callable[[Views], None]
     ) -> dict[str, Tensor]:
-        share = len(views.x) / len(self.x)
+        share = len(views.x) / self.count
         terms = {name: share * value for name, value in self._terms(views, keep).items()}
         torch.autograd.backward(torch.stack(list(terms.values())).sum(), inputs=inputs)
         show(views)
         return {name: value.detach() for name, value in terms.items()}
 
     def _views(self, number: int, statistics: Mapping[int, Statistics] | None, move: bool) -> Views:
-        plan, part = self.plan, self.parts[number]
+        plan, part = self.plan, self.parts[number].own
+        generator = plan.generator
+        if self.team is not None:
+            place = self.parts[number]
+            generator = Share(generator, torch.arange(place.share.start, place.share.stop), place.count)
         ball, pace = self.settings.train_ball().scaled(plan.eps_fraction), None
         if self.radius is not None:
             ball = ball.scaled(self.radius.eps[part])
@@ -130,7 +159,7 @@ class BatchLoss:
             self.x[part],
             self.y[part],
             ball,
-            plan.generator,
+            generator,
             plan.eps_fraction,
             plan.ramp,
             statistics,
@@ -141,12 +170,17 @@ class BatchLoss:
             count_correct=any(weighting.needs_kappa for weighting in plan.weightings),
             kept=self.kept[number],
             moves_statistics=move,
+            team=self.team,
+            part=None if self.team is None else self.parts[number],
         )
 
     def _terms(self, views: Views, keep: Keep | None) -> dict[str, Tensor]:
         terms = self.plan.objective(views)
-        for weighting in self.plan.weightings:
-            terms = weighting(views, terms)
+        if self.plan.weightings:
+            shown = _shown(views)
+            terms = {name: views.whole(value) for name, value in terms.items()}
+            for weighting in self.plan.weightings:
+                terms = weighting(shown, terms)
         if keep is not None:
             weight = keep(torch.stack(list(terms.values())).sum(0).detach())
             terms = {name: weight * value for name, value in terms.items()}
@@ -159,7 +193,25 @@ class BatchLoss:
     def _show(self, views: Views) -> None:
         for watcher in self.plan.watchers:
             assert self.plan.moment is not None
-            watcher.see(views, self.plan.moment)
+            watcher.see(_shown(views), self.plan.moment)
+
+
+def parts_of(count: int, settings: Settings, team: Team | None) -> list[Part]:
+    """The parts in which a batch of `count` images is attacked and bounded, with this process's rows of each.
+
+    Raises:
+        ValueError: a part has fewer images than there are processes.
+    """
+    size = settings.micro_batch if 0 < settings.micro_batch < count else count
+    if team is not None:
+        return team.parts(count, size)
+    stops = [min(start + size, count) for start in range(0, count, size)]
+    return [Part(slice(start, stop), 0, stop - start) for start, stop in zip(range(0, count, size), stops, strict=True)]
+
+
+def _shown(views: Views) -> Views:
+    """The views as weightings and watchers see them: of the whole batch."""
+    return views if views.team is None else cast(Views, WholeViews(views))
 
 
 def step_gradients(graph: Graph, x: Tensor, y: Tensor, plan: StepPlan, settings: Settings) -> dict[str, Tensor]:

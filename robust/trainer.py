@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from attacks.noise import Share
 from certify.graph import capture
 from robust.active import Active, Moment, RunFacts, active_among, begin
 from robust.batch_norm import has_batch_norm, reestimate_statistics
@@ -47,16 +48,21 @@ from robust.run_setup import (
     check_texts,
     parse_perturbation,
     refuse_other_settings,
+    refuse_undivided,
     training_data,
 )
 from robust.schedule import SCHEDULES, ramp_progress
 from robust.seeds import seeded
 from robust.settings import Settings
-from robust.step import BatchLoss, StepPlan
+from robust.step import BatchLoss, StepPlan, parts_of
+from robust.team import Team
 from robust.tensor_file import CheckpointError, load_tensors, save_tensors
 from robust.validation import decisive, parse_validator, validate, validation_batches
 from robust.weight_perturbation import Perturbed
 from robust.weighting import WEIGHTINGS
+
+State = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors and metadata of a saved state."""
 
 
 @dataclass
@@ -87,6 +93,7 @@ def train(
     progress: bool = True,
     tensorboard: bool = False,
     save_every: float = 60.0,
+    team: Team | None = None,
 ) -> Checkpoint:
     """Train a model, or go on with the run in `out`.
 
@@ -98,6 +105,7 @@ def train(
         progress: show a progress bar.
         tensorboard: also write TensorBoard events to `out`.
         save_every: seconds between saved states.
+        team: processes that train together, each with its share of every mini-batch; the first one writes the files.
 
     Returns:
         the checkpoint, also in `out/checkpoint.safetensors`; that of a finished run without training again.
@@ -109,10 +117,16 @@ def train(
     """
     out = Path(out)
     check_texts(settings)
-    refuse_other_settings(settings, out)
-    if (out / CHECKPOINT).exists():
+    if team is not None:
+        refuse_undivided(settings)
+
+    def finished() -> bool:
+        refuse_other_settings(settings, out)
+        return (out / CHECKPOINT).exists()
+
+    if finished() if team is None else team.from_lead(finished):
         return load(out / CHECKPOINT)
-    return _Run(settings, out, torch.device(device), root, progress, tensorboard, save_every).run()
+    return _Run(settings, out, torch.device(device), root, progress, tensorboard, save_every, team).run()
 
 
 class _Run:
@@ -125,9 +139,11 @@ class _Run:
         progress: bool,
         tensorboard: bool,
         save_every: float,
+        team: Team | None = None,
     ) -> None:
-        self.settings, self.out, self.device = settings, out, device
-        self.show, self.save_every = progress, save_every
+        self.settings, self.out, self.device, self.team = settings, out, device, team
+        self.leads = team is None or team.leads
+        self.show, self.save_every = progress and self.leads, save_every
         self.data = training_data(settings, root)
         self.train_images = self.data.train.to(device)
         self.model = build_model(settings, self.data).to(device)
@@ -152,24 +168,32 @@ class _Run:
         factory = OPTIMIZERS.parse(settings.optimizer)
         self.lr = factory.lr
         self.optimizer = factory(self.parameters)
-        self.graph = capture(self.model, self._example())
+        self.graph = dataclasses.replace(capture(self.model, self._example()), group=facts.group)
         self.progress = Progress()
-        self.summary_writer = _summary_writer_class() if tensorboard else None
+        self.summary_writer = _summary_writer_class() if tensorboard and self.leads else None
         self.writer: Any = None
         self.interruption = Interruption()
         self.saved_at = time.monotonic()
 
     def run(self) -> Checkpoint:
         with contextlib.ExitStack() as stack:
-            log = stack.enter_context(JsonLines(self.out / LOG))
-            # Only now nobody else can be writing to the folder.
-            refuse_other_settings(self.settings, self.out)
-            write_whole(self.out / SETTINGS, json.dumps(self.settings.to_dict(), indent=2) + "\n")
-            if (self.out / STATE).exists():
-                self._restore()
+            log: JsonLines | None = None
+
+            def begin_folder() -> State | None:
+                nonlocal log
+                log = stack.enter_context(JsonLines(self.out / LOG))
+                # Only now nobody else can be writing to the folder.
+                refuse_other_settings(self.settings, self.out)
+                write_whole(self.out / SETTINGS, json.dumps(self.settings.to_dict(), indent=2) + "\n")
+                return self._saved()
+
+            state = begin_folder() if self.team is None else self.team.from_lead(begin_folder)
+            if state is not None:
+                self._restore(*state)
             first = self.progress.step // self.steps_per_epoch
-            # Records behind the restored state belong to steps that are now done again.
-            log.keep(first)
+            if log is not None:
+                # Records behind the restored state belong to steps that are now done again.
+                log.keep(first)
             if self.summary_writer is not None:
                 self.writer = stack.enter_context(self.summary_writer(str(self.out), purge_step=first + 1))
             stack.enter_context(self.interruption)
@@ -177,13 +201,19 @@ class _Run:
                 if self._finished():
                     break
                 best = self.progress.best
-                log.append([self._epoch(epoch)])
+                record = self._epoch(epoch)
+                if log is not None:
+                    log.append([record])
                 self._pause(at_once=self.progress.best > best)
             return self._finish()
 
     def _finished(self) -> bool:
         """Whether a method has ended the run before its time."""
-        return any(active.finished() for active in self.active)
+        return self._agreed(any(active.finished() for active in self.active))
+
+    def _agreed(self, fact: bool) -> bool:
+        """Whether the fact holds on any of the processes, which must not part ways."""
+        return fact if self.team is None else self.team.any(fact)
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         order = self._order(epoch)
@@ -214,22 +244,28 @@ class _Run:
 
     def _pause(self, at_once: bool = False) -> None:
         """Between two steps or epochs: save the state if it is time, and stop where an interruption asks for it."""
-        if self.interruption.asked or at_once or time.monotonic() - self.saved_at > self.save_every:
+        asked = self._agreed(self.interruption.asked)
+        if self.leads and (asked or at_once or time.monotonic() - self.saved_at > self.save_every):
             self._save()
-        if self.interruption.asked:
+        if asked:
             raise KeyboardInterrupt
 
     def _step(self, index: Tensor) -> dict[str, float]:
         """One optimiser step; the loss terms' values."""
         settings, step = self.settings, self.progress.step
+        parts = parts_of(len(index), settings, self.team)
+        noise = seeded(self.device, settings.seed, "augmentation", step // self.replays)
+        if self.team is not None:
+            rows = torch.cat([torch.arange(len(index)).split(parts[0].count)[n][p.share] for n, p in enumerate(parts)])
+            noise, index = Share(noise, rows, len(index)), index[rows]
         x, y = self.train_images.batch(index, self.device)
         if settings.augment and self.data.augmentation is not None:
-            x = self.data.augmentation(x, seeded(self.device, settings.seed, "augmentation", step // self.replays))
+            x = self.data.augmentation(x, noise)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * self.lr_schedule(step, self.steps_per_epoch, settings.epochs)
         moment = self._moment()
         plan = self._plan(moment)
-        loss = BatchLoss(self.graph, x, y, plan, settings, index)
+        loss = BatchLoss(self.graph, x, y, plan, settings, index, self.team, parts)
         self.optimizer.zero_grad(set_to_none=True)
         perturbation = None if self._alone(step) else self.perturbation
         if perturbation is None or plan.eps_fraction == 0 or moment.epoch < perturbation.start_epoch:
@@ -237,6 +273,8 @@ class _Run:
         else:
             perturbed = Perturbed(perturbation(self.model, loss), perturbation.restore)
             terms = loss.backward(move_statistics=perturbation.statistics_follow != "unperturbed")
+        if self.team is not None:
+            self.team.add_up(parameter.grad for parameter in self.parameters)
         values = {name: float(value) for name, value in terms.items()}
         self._check(values)
         perturbed.restore("before_step")
@@ -295,7 +333,8 @@ class _Run:
         due = (epoch + 1) % self.settings.validate_every == 0 or ends
         if due and self.settings.validation:
             model = self._judged()
-            self.progress.metrics = validate(model, self.data, self.settings.ball(), self.validator, self.device)
+            ball = self.settings.ball()
+            self.progress.metrics = validate(model, self.data, ball, self.validator, self.device, self.team)
             self._select(model, fraction)
         record = {
             "epoch": epoch + 1,
@@ -330,11 +369,17 @@ class _Run:
         accuracy = decisive(self.progress.metrics)
         if self.settings.select == "best" and fraction >= 1 and accuracy > self.progress.best:
             self.progress.best = accuracy
+            if not self.leads:
+                return
             metadata = {"step": self.progress.step, "metrics": self.progress.metrics}
             save_tensors(self.out / BEST, model.state_dict(), metadata)
 
     def _finish(self) -> Checkpoint:
         model, metrics = self._judged(), self.progress.metrics
+        if not self.leads:
+            assert self.team is not None
+            self.team.follow_lead(model)
+            return self._checkpoint(model, metrics)
         if (self.out / BEST).exists():
             self._checkpoint(model, metrics).save(self.out / LAST)
             weights, metadata = load_tensors(self.out / BEST)
@@ -344,6 +389,8 @@ class _Run:
         checkpoint.save(self.out / CHECKPOINT)
         (self.out / STATE).unlink(missing_ok=True)
         (self.out / BEST).unlink(missing_ok=True)
+        if self.team is not None:
+            self.team.follow_lead(model)
         return checkpoint
 
     def _checkpoint(self, model: nn.Module, metrics: Mapping[str, float]) -> Checkpoint:
@@ -404,6 +451,7 @@ class _Run:
             self.steps_per_epoch,
             lambda text: build_model(dataclasses.replace(self.settings, model=text), self.data).to(self.device),
             self.settings.train_ball(),
+            None if self.team is None else self.team.group,
         )
 
     def _example(self) -> Tensor:
@@ -425,11 +473,16 @@ class _Run:
         save_tensors(self.out / STATE, tensors, {"progress": vars(self.progress), "optimizer": plain})
         self.saved_at = time.monotonic()
 
-    def _restore(self) -> None:
+    def _saved(self) -> State | None:
+        """What `_save` wrote; None where it has not."""
+        if not (self.out / STATE).exists():
+            return None
         try:
-            tensors, metadata = load_tensors(self.out / STATE)
+            return load_tensors(self.out / STATE)
         except CheckpointError as error:
             raise TrainingError(f"{error}. Remove the file to train from the start") from None
+
+    def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         self.model.load_state_dict(_part(tensors, "model."))
         state: dict[int, dict[str, Any]] = {}
         for key, value in [*_part(tensors, "optimizer.").items(), *metadata["optimizer"].items()]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attacks.threat import Ball
+from certify.all_reduce import summed
 from certify.bounds.crown import Boxes
 from certify.bounds.interval import interval_walk, margins
 from certify.graph import Graph, Snapshot
@@ -28,6 +29,7 @@ from certify.interval import Interval
 from certify.ops.affine import Linear
 from certify.ops.batch_norm import Statistics
 from robust.batch_norm import statistics_kept
+from robust.team import Part, Team
 
 Kept = TypeVar("Kept")
 
@@ -61,6 +63,7 @@ class Views:
         count_correct: whether attacks note `kappa` and `path_length`.
         kept: what `once` has made.
         moves_statistics: whether passes in training mode move the running statistics (those of an attack always do).
+        team, part: processes that have the other rows of the batch, and which rows these are; None for one process.
 
     Attributes:
         logits: by name ("adversarial", "helper" ...), the passes that weightings and active methods may look at.
@@ -82,6 +85,8 @@ class Views:
     count_correct: bool = False
     kept: dict[Hashable, Any] = field(default_factory=dict)
     moves_statistics: bool = True
+    team: Team | None = None
+    part: Part | None = None
     bounded: list[Bounded] = field(default_factory=list, init=False)
     logits: dict[str, Tensor] = field(default_factory=dict, init=False)
     moved: bool = field(default=False, init=False)
@@ -92,6 +97,27 @@ class Views:
         if key not in self.kept:
             self.kept[key] = make()
         return self.kept[key]
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """One value per image of the batch `[B, ...]`, from those of this process's images `[b, ...]`; differentiable.
+
+        For losses that are no means of examples. The same tensor on one process.
+        """
+        if self.team is None:
+            return rows
+        assert self.part is not None
+        return self.team.whole(rows, self.part)
+
+    def own(self, values: Tensor) -> Tensor:
+        """This process's rows `[b, ...]` of what `whole` gave."""
+        return values if self.part is None else values[self.part.share]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over all entries and all images of the batch of what this process has of its own, `[b, ...]`."""
+        if self.team is None:
+            return values.mean()
+        assert self.part is not None
+        return summed(values.mean() * (len(self.x) / self.part.count), self.team.group)
 
     @property
     def adversarial(self) -> Tensor:
@@ -263,6 +289,30 @@ class Views:
         if self.note_boxes:
             self.bounded.append(Bounded(snapshot, box, boxes))
         return out, boxes
+
+
+class WholeViews:
+    """Views of a batch whose rows are spread over processes, put together: what weightings and watchers are shown.
+
+    They have labels, numbers, logits, attacked points and counts of all images, each fetched when it is asked for (by
+    all processes alike), and no passes of their own: those would count once for every process.
+    """
+
+    def __init__(self, views: Views) -> None:
+        self._views = views
+        self.ball, self.epoch, self.eps_fraction, self.ramp = views.ball, views.epoch, views.eps_fraction, views.ramp
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("x", "y", "index", "clean", "adversarial", "points", "kappa"):
+            raise ValueError(f"views.{name} cannot be had of a batch that is spread over processes; use one process")
+        own = getattr(self._views, name)
+        value = own if own is None else self._views.whole(own.to(self._views.x.device))
+        setattr(self, name, value)
+        return value
+
+    @property
+    def path_length(self) -> int:
+        return self._views.path_length
 
 
 def box_around(x: Tensor, eps: Tensor, pixel_range: tuple[float, float] | None) -> Interval:

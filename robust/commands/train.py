@@ -6,17 +6,22 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import os
 import sys
 import textwrap
 import typing
 from pathlib import Path
 from typing import Any
 
+from robust.checkpoint import Checkpoint
 from robust.dataset import parse_dataset
-from robust.flags import add_machine, usable_device
+from robust.flags import add_machine, own_device, usable_device
+from robust.hook import HOOKS
+from robust.hooks.fedavg import FedAvg
 from robust.run_setup import CHECKPOINT, STATE, check_texts, refuse_other_settings
 from robust.schedule import SCHEDULES
 from robust.settings import Settings, load_recipe
+from robust.team import Team
 from robust.trainer import train
 
 WORDS = "train a model, or go on with a run that was interrupted"
@@ -72,14 +77,16 @@ def run(options: argparse.Namespace) -> None:
     changes = {name: _typed(name, value) for name, value in given.items() if value is not None}
     settings = Settings.from_dict({**recipe, **changes})
     check_texts(settings)
-    device = usable_device(options.device)
+    joins = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    device = usable_device(own_device(options.device, joins))
     out = options.out or Path("runs") / _run_name(settings, options.recipe)
     refuse_other_settings(settings, out)
-    _note_short_run(settings)
-    if (out / CHECKPOINT).exists():
-        print(f"the run in {out} is finished; give --out another folder to train again")
-    elif (out / STATE).exists():
-        print(f"going on with the run in {out}")
+    # Clients that average their weights are runs of their own, not one.
+    clients = any(isinstance(HOOKS.parse(text), FedAvg) for text in settings.hooks)
+    team = None if clients else Team.join(device)
+    leads = team is None or team.leads
+    if leads:
+        _announce(settings, out)
     checkpoint = train(
         settings,
         out,
@@ -87,7 +94,23 @@ def run(options: argparse.Namespace) -> None:
         root=options.root,
         progress=not options.quiet,
         tensorboard=options.tensorboard,
+        team=team,
     )
+    if team is not None:
+        team.leave()
+    if leads:
+        _conclude(settings, out, checkpoint)
+
+
+def _announce(settings: Settings, out: Path) -> None:
+    _note_short_run(settings)
+    if (out / CHECKPOINT).exists():
+        print(f"the run in {out} is finished; give --out another folder to train again")
+    elif (out / STATE).exists():
+        print(f"going on with the run in {out}")
+
+
+def _conclude(settings: Settings, out: Path, checkpoint: Checkpoint) -> None:
     if checkpoint.metrics:
         rates = [f"{value:.2f} % {name.removeprefix('validation/')}" for name, value in checkpoint.metrics.items()]
         print(f"validation: {', '.join(rates)} ({settings.validator})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,8 @@ class FedAvg:
     """
 
     local_epochs: int = 1
+
+    undivided: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.local_epochs < 1:

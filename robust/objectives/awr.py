@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -69,13 +70,22 @@ class _Active(Active):
         c = awr.agreement * (q * p).sum(1) + (1 - awr.agreement) * (1 - (q * p_adv).sum(1))
         heat = awr.temperature
         return {
-            "clean": labelled_cross_entropy(clean, views.y, awr.label_smoothing),
+            "clean": labelled_cross_entropy(clean, views.y, awr.label_smoothing, views.mean(_labelled(views.y))),
             "distillation": awr.distillation_weight * kl_to_reference(clean / heat, views.y, taught / heat),
             "kl": awr.kl_weight * c * kl_to_reference(logits, views.y, clean),
         }
 
 
-def labelled_cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
-    """Label-smoothed cross-entropy, 0 where the label is -1, `[B]`; the batch mean is the mean over the labelled."""
+def labelled_cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float, share: Tensor | None = None) -> Tensor:
+    """Label-smoothed cross-entropy, 0 where the label is -1, `[B]`; the batch mean is the mean over the labelled.
+
+    Args:
+        share: of the images that have labels, in the whole batch; None for that among these.
+    """
     losses = F.cross_entropy(logits, y, reduction="none", ignore_index=-1, label_smoothing=label_smoothing)
-    return losses * (len(y) / (y >= 0).sum().clamp(min=1))
+    share = _labelled(y).mean() if share is None else share
+    return losses / torch.where(share > 0, share, 1.0)
+
+
+def _labelled(y: Tensor) -> Tensor:
+    return (y >= 0).to(torch.float32)

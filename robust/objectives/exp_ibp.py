@@ -49,8 +49,8 @@ class ExpIBP:
     def __call__(self, views: Views) -> dict[str, Tensor]:
         x_adv = adversarial(views, self.attack, self.attack_factor, self.statistics)
         logits, network = attacked_and_bounding(views, x_adv, self.bounds_statistics)
-        bounds = certified_cross_entropy(views.margins(views.box, network), views.y).mean().clamp(min=SMALLEST_LOSS)
-        attacked = cross_entropy(logits, views.y).mean().clamp(min=SMALLEST_LOSS)
+        losses = certified_cross_entropy(views.margins(views.box, network), views.y), cross_entropy(logits, views.y)
+        bounds, attacked = (views.mean(loss).clamp(min=SMALLEST_LOSS) for loss in losses)
         loss = bounds**self.ibp_weight * attacked ** (1 - self.ibp_weight)
         # Both papers' codes raise the batch means, so every example carries the batch's value.
         return mixed(views, self.robust_weight, {"exp_ibp": loss.expand(len(views.y))})

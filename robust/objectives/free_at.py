@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class FreeAT:
 
     replays: int = 8
     batch_norm: BatchNormOf = "own"
+
+    undivided: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.replays < 1:

@@ -74,18 +74,20 @@ class _Active(Active):
         taught = views.once("teachers", lambda: (self.robust(x_adv), self.clean(views.x)))
         targets = [t.detach() / float(heat) for t, heat in zip(taught, self.temperatures, strict=True)]
         losses = [mean_divergence(target, student) for target, student in zip(targets, students, strict=True)]
-        self._balance(losses, targets, mtard.rate_factor(views.epoch))
+        means = [views.mean(loss.detach()) for loss in losses]
+        entropies = [views.mean(_entropy(target)) for target in targets]
+        self._balance(means, entropies, mtard.rate_factor(views.epoch))
         assert self.next is not None
         robust, clean = (float(weight) * loss for weight, loss in zip(self.next[1], losses, strict=True))
         return {"distillation": robust, "clean_distillation": clean}
 
-    def _balance(self, losses: list[Tensor], targets: list[Tensor], factor: float) -> None:
+    def _balance(self, losses: list[Tensor], entropies: list[Tensor], factor: float) -> None:
         """The state behind this step; a step whose loss is computed again starts from the same one."""
-        means = torch.stack([loss.detach().mean() for loss in losses]).cpu().double()
+        means = torch.stack(losses).cpu().double()
         first = torch.where(self.first.isnan(), means, self.first)
         rates = means / first
         weights = self.shares + factor * self.mtard.rate * (rates / rates.sum() - self.shares)
-        entropy = torch.stack([_entropy(target) for target in targets]).cpu().double()
+        entropy = torch.stack(entropies).cpu().double()
         step = factor * self.mtard.temperature_rate * torch.sign(entropy / entropy.flip(0) - 1)
         self.next = first, weights, (self.temperatures - step).clamp(1.0, self.mtard.hottest)
 
@@ -111,4 +113,4 @@ def mean_divergence(target: Tensor, logits: Tensor) -> Tensor:
 
 def _entropy(logits: Tensor) -> Tensor:
     log_p = logits.log_softmax(1)
-    return -(log_p.exp() * log_p).sum(1).mean()
+    return -(log_p.exp() * log_p).sum(1)

@@ -49,7 +49,8 @@ class SOVR:
         x_adv = adversarial(views, self.attack, statistics=self.statistics)
         clean = views.clean if self.kl_weight else None  # TRADES' order: the clean pass first
         logits = adversarial_logits(views, x_adv, self.batch_norm)
-        important = smallest_margins(logits.detach(), views.y, self.percent)
+        all_logits, all_labels = views.whole(logits.detach()), views.whole(views.y)
+        important = views.own(smallest_margins(all_logits, all_labels, self.percent))
         terms = {
             "adversarial": torch.where(important, 0.0, cross_entropy(logits, views.y)),
             "ovr": torch.where(important, self.ovr_weight * one_versus_rest(logits, views.y), 0.0),

@@ -41,8 +41,9 @@ class SRAT:
         x_adv = adversarial(views, self.attack, statistics=self.statistics)
         logits, features = logits_and_features_at(views, x_adv, self.batch_norm)
         views.logits["adversarial"] = logits
-        contrast = supervised_contrast(features, views.y, self.temperature)
-        return {"adversarial": cross_entropy(logits, views.y), "separability": self.separation_weight * contrast}
+        contrast = supervised_contrast(views.whole(features.flatten(1)), views.whole(views.y), self.temperature)
+        separability = self.separation_weight * views.own(contrast)
+        return {"adversarial": cross_entropy(logits, views.y), "separability": separability}
 
 
 def supervised_contrast(features: Tensor, y: Tensor, temperature: float) -> Tensor:

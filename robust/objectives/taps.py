@@ -105,13 +105,13 @@ class TAPS:
             return mixed(views, self.robust_weight, {"ibp": bounds})
         features, classifier = split_before_relus(snapshot, self.classifier_relus)
         latent, _ = views.walk(features, box)
-        sound = certified_cross_entropy(views.margins(latent, classifier), views.y).mean()
+        sound = views.mean(certified_cross_entropy(views.margins(latent, classifier), views.y))
         attack = LatentAttack(self.steps, self.restarts)
         frozen = classifier.without_gradient()
         points = attack(frozen, latent, views.y, views.generator)
         linked = _Connect.apply(points, latent.lb.unsqueeze(1), latent.ub.unsqueeze(1))
         margins = _pointwise_margins(classifier, linked, views.y)
-        attacked = certified_cross_entropy(margins, views.y).mean()
+        attacked = views.mean(certified_cross_entropy(margins, views.y))
         attacked = _ScaleGradient.apply(attacked, self.gradient_scale)
         # Powers and products act on batch means, so every example carries the batch's value.
         loss = attacked * sound if self.ibp_factor else attacked

@@ -112,4 +112,4 @@ def linearity_error(views: Views, batch_norm: BatchNormOf) -> Tensor:
 
     points, t = views.once("elle", draw)
     a, b, c = cross_entropy(logits_at(views, points, batch_norm), y.repeat(3)).chunk(3)
-    return (c - (1 - t) * a - t * b).square().mean()
+    return views.mean((c - (1 - t) * a - t * b).square())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,33 +45,37 @@ class Shi:
         boxes = _relu_boxes(bounded)
         share = self.weight * (1 - views.eps_fraction)
         return {
-            "tightness": share * tightness(boxes, _first_radius(bounded)),
-            "relu_balance": share * relu_balance(boxes),
+            "tightness": share * tightness(boxes, views.mean(_first_radius(bounded)), views.mean),
+            "relu_balance": share * relu_balance(boxes, views.mean),
         }
 
 
-def tightness(boxes: list[AnyBox], first_radius: Tensor) -> Tensor:
+Mean = Callable[[Tensor], Tensor]
+"""Over the entries of all images of the batch."""
+
+
+def tightness(boxes: list[AnyBox], first_radius: Tensor, mean: Mean = torch.mean) -> Tensor:
     """Mean over layers of max(0, tol - r_0 / r_l) / tol, r the mean radius of a layer's pre-activations."""
-    radii = torch.stack([((box.ub - box.lb) / 2).mean() for box in boxes])
+    radii = torch.stack([mean((box.ub - box.lb) / 2) for box in boxes])
     return ((TOLERANCE - first_radius / radii.clamp(min=1e-12)).clamp(min=0) / TOLERANCE).mean()
 
 
-def relu_balance(boxes: list[AnyBox]) -> Tensor:
+def relu_balance(boxes: list[AnyBox], mean: Mean = torch.mean) -> Tensor:
     """Mean over layers of how unevenly active and inactive neurons share the centres' mean and variance.
 
     A layer without active or without inactive neurons counts 0.
     """
-    return torch.stack([_balance(box) for box in boxes]).mean()
+    return torch.stack([_balance(box, mean) for box in boxes]).mean()
 
 
-def _balance(box: AnyBox) -> Tensor:
+def _balance(box: AnyBox, mean: Mean) -> Tensor:
     center = (box.lb + box.ub) / 2
     active, inactive = (box.lb > 0).to(center.dtype), (box.ub < 0).to(center.dtype)
-    spread = (center - center.mean()).square()
+    spread = (center - mean(center)).square()
     total = center.new_zeros(())
     for above, below in (
-        ((center * active).mean(), -(center * inactive).mean()),
-        ((spread * active).sum(), (spread * inactive).sum()),
+        (mean(center * active), -mean(center * inactive)),
+        (mean(spread * active), mean(spread * inactive)),
     ):
         usable = (above > 0) & (below > 0)
         # Both branches of where() are differentiated: guard the quotient itself.
@@ -97,10 +102,10 @@ def _relu_boxes(bounded: Bounded) -> list[AnyBox]:
 
 
 def _first_radius(bounded: Bounded) -> Tensor:
-    """Mean radius of the input as the first weight layer sees it, that is after normalisation."""
+    """Radius of the input as the first weight layer sees it, that is after normalisation, `[B, ...]`."""
     value = bounded.start
     for node in bounded.snapshot.nodes[1:]:
         if isinstance(node.op, Conv2d | Linear):
             break
         value = node.op.interval(value)
-    return value.radius.mean()
+    return value.radius
