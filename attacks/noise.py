@@ -33,9 +33,9 @@ def normal(shape: Sequence[int], like: Tensor, generators: Generators) -> Tensor
 class Share(torch.Generator):
     """The noise of some rows of a batch whose other rows are elsewhere, on other processes.
 
-    What is drawn for those rows is cut from a draw for the whole batch, so that all processes together have what one
-    would draw. Noise of another length (rows dropped, several per image) comes from a stream of this share alone,
-    which is what the object itself is.
+    What is drawn for those rows (or for several points of each, side by side) is cut from a draw for the whole batch,
+    so that all processes together have what one would draw. Noise of another length (rows dropped) comes from a stream
+    of this share alone, which is what the object itself is.
 
     Args:
         whole: stream of the batch, in the same state on every process.
@@ -54,10 +54,10 @@ def draw(
     sampler: Sampler, shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Numbers `shape` = [B, ...] on the generator's device; those of its rows where it is a Share."""
-    if isinstance(generator, Share) and shape[0] == len(generator.rows):
-        whole = generator.whole
-        drawn = sampler((generator.count, *shape[1:]), dtype=dtype, device=whole.device, generator=whole)
-        return drawn[generator.rows.to(drawn.device)]
+    if isinstance(generator, Share) and shape[0] and shape[0] % len(generator.rows) == 0:
+        whole, points = generator.whole, shape[0] // len(generator.rows)
+        drawn = sampler((generator.count * points, *shape[1:]), dtype=dtype, device=whole.device, generator=whole)
+        return drawn.unflatten(0, (generator.count, points))[generator.rows.to(drawn.device)].flatten(0, 1)
     return sampler(tuple(shape), dtype=dtype, device=generator.device, generator=generator)
 
 

@@ -22,6 +22,7 @@ from certify.op import RULES, AffineOp, Call, Op, Traced, UnsupportedOp
 from certify.ops.affine import Conv2d, Linear
 from certify.ops.batch_norm import BatchNorm, Statistics
 from certify.rewrites import rewrite
+from certify.swish import join_swish
 
 
 class CaptureError(ValueError):
@@ -258,6 +259,7 @@ class _Capture:
                 "control flow must not depend on tensor values"
             ) from error
         rewrite(graph)
+        join_swish(graph, model.get_submodule)
         with torch.no_grad():
             for node in graph.nodes:
                 self._visit(node, probe)

@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("robust: the GPU's memory is full; give a smaller --batch-size (train: --micro_batch)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("robust: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # torchrun interrupts all its processes; one of them says so
+            print("robust: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
     return 0
 

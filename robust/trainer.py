@@ -154,6 +154,8 @@ class _Run:
         self.epoch_size = self.train_images.epoch_size(settings.batch_size)
         self.replays, self.steps_alone = getattr(objective, "replays", 1), getattr(objective, "steps_alone", 0)
         self.steps_per_epoch = self.replays * max(1, math.ceil(self.epoch_size / settings.batch_size))
+        if team is not None:
+            self._refuse_small_batches()
         facts = self._facts()
         self.objective = begin(objective, facts)
         self.regularizers = [begin(REGULARIZERS.parse(text), facts) for text in settings.regularizers]
@@ -174,6 +176,15 @@ class _Run:
         self.writer: Any = None
         self.interruption = Interruption()
         self.saved_at = time.monotonic()
+
+    def _refuse_small_batches(self) -> None:
+        """TrainingError where a mini-batch of the run has fewer images than there are processes."""
+        size = self.settings.batch_size
+        try:
+            for count in (min(size, self.epoch_size), self.epoch_size % size or size):
+                parts_of(count, self.settings, self.team)
+        except ValueError as error:
+            raise TrainingError(str(error)) from None
 
     def run(self) -> Checkpoint:
         with contextlib.ExitStack() as stack:

@@ -286,6 +286,15 @@ def _zero_pad(layer: nn.ZeroPad2d, call: Call) -> Op:
     return Pad(tuple(layer.padding))
 
 
+@RULES.function(F.pad)
+def _pad_call(call: Call) -> Op:
+    padding = tuple(call.argument(1, "pad"))
+    value, mode = call.argument(3, "value", None), call.argument(2, "mode", "constant")
+    if mode != "constant" or value or len(padding) not in (2, 4) or min(padding) < 0:
+        raise call.refuse(f"padding {padding} with mode={mode!r}, value={value} has no bound rule; use zeros")
+    return Pad(padding + (0, 0) * (2 - len(padding) // 2))
+
+
 @dataclass(frozen=True)
 class Pad(NonNegativeOp):
     """Zero padding of the last two axes: (left, right, top, bottom), none negative."""

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from certify.op import RULES, AffineOp, Call, Op, Traced
+from certify.op import RULES, Call, NonNegativeOp, Op, Traced
 from certify.rewrites import part_of
 
 
 @dataclass(frozen=True)
-class Select(AffineOp):
+class Select(NonNegativeOp):
     """`y[k] = x[index[k]]` for the numbers of each example in their order; a place may be picked more than once."""
 
     index: Tensor
@@ -27,18 +27,9 @@ class Select(AffineOp):
     def forward(self, *inputs: Tensor) -> Tensor:
         return inputs[0].flatten(1)[:, self.index.to(inputs[0].device)].unflatten(1, self.out_shape)
 
-    def absolute(self, radius: Tensor) -> Tensor:
-        return self.forward(radius)
-
     def transpose(self, A: Tensor) -> Tensor:
         out = A.new_zeros(*A.shape[:2], math.prod(self.in_shape))
         return out.index_add_(2, self.index.to(A.device), A.flatten(2)).unflatten(2, self.in_shape)
-
-    def linear_part(self) -> AffineOp:
-        return self
-
-    def absolute_part(self) -> AffineOp:
-        return self
 
 
 def _select(function: Callable[..., Tensor], call: Call) -> Op:

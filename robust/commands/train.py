@@ -18,7 +18,7 @@ from robust.dataset import parse_dataset
 from robust.flags import add_machine, own_device, usable_device
 from robust.hook import HOOKS
 from robust.hooks.fedavg import FedAvg
-from robust.run_setup import CHECKPOINT, STATE, check_texts, refuse_other_settings
+from robust.run_setup import CHECKPOINT, STATE, TrainingError, check_texts, refuse_other_settings
 from robust.schedule import SCHEDULES
 from robust.settings import Settings, load_recipe
 from robust.team import Team
@@ -29,6 +29,8 @@ EXAMPLES = """examples:
   robust train --recipe digits_mtl_ibp
   robust train --recipe cifar10_2_255_mtl_ibp_expr --epochs 40 --out runs/short
   robust train --data npz:images.npz --model cnn7:width=32 --objective mtl_ibp:ibp_weight=0.01 --eps 2/255
+
+  torchrun --nproc-per-node 2 -m robust train --recipe digits_sabr     two processes or GPUs share every mini-batch
 
 A run that was interrupted or killed goes on when the same command is given again."""
 
@@ -87,15 +89,20 @@ def run(options: argparse.Namespace) -> None:
     leads = team is None or team.leads
     if leads:
         _announce(settings, out)
-    checkpoint = train(
-        settings,
-        out,
-        device=device,
-        root=options.root,
-        progress=not options.quiet,
-        tensorboard=options.tensorboard,
-        team=team,
-    )
+    try:
+        checkpoint = train(
+            settings,
+            out,
+            device=device,
+            root=options.root,
+            progress=not options.quiet,
+            tensorboard=options.tensorboard,
+            team=team,
+        )
+    except TrainingError:
+        if leads:
+            raise
+        raise SystemExit(2) from None  # every process has come to it; the first one says it
     if team is not None:
         team.leave()
     if leads:

@@ -39,7 +39,7 @@ class LAT:
     def __call__(self, views: Views) -> dict[str, Tensor]:
         features, classifier = split_before_relus(views.snapshot, self.classifier_relus)
         latent = features(views.x)
-        scale = latent.detach().std(0, correction=0, keepdim=True)
+        scale = views.whole(latent.detach()).std(0, correction=0, keepdim=True)
 
         def search() -> Tensor:
             frozen, fixed = classifier.without_gradient(), latent.detach()
