@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attacks.registry import UnknownName
 from attacks.threat import Ball, make_ball
+from robust.layout import own_names
 from robust.model import MODELS
 from robust.tensor_file import (
     CheckpointError,
@@ -111,17 +112,22 @@ def load(path: Path) -> Checkpoint:
     )
 
 
-def load_state_dict_file(path: Path, model: nn.Module) -> None:
+def load_state_dict_file(path: Path, model: nn.Module, layout: str | None = None) -> None:
     """Copy a plain state dict, from safetensors or from a pickle read weights-only, into `model`.
 
-    A wrapper such as {"state_dict": ...} and prefixes such as "module." are removed.
+    A wrapper such as {"state_dict": ...} and prefixes such as "module." are removed, and the names of other projects
+    become the suite's.
+
+    Args:
+        layout: whose names they are, see `robust.layout`; None to find out.
 
     Raises:
         CheckpointError: the file is missing or damaged, its pickle holds more than tensors and plain containers (it is
             refused without being executed), or its keys or shapes are not the model's.
     """
     content = _unpickled(path) if pickled(path) else read_safetensors(path)[0]
-    _copy_weights(_without_prefixes(_state_dict_in(content, path)), model, path)
+    tensors = _without_prefixes(_state_dict_in(content, path))
+    _copy_weights(own_names(tensors, model, layout, str(path)), model, path)
 
 
 def ball_facts(ball: Ball) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from certify.bab.branching import BRANCHINGS
 from certify.verifier import VERIFIERS
 from robust.dataset import DATASETS
 from robust.hook import HOOKS
+from robust.layout import LAYOUTS
 from robust.lipschitz_layer import LIPSCHITZ_LAYERS
 from robust.model import MODELS
 from robust.objective import OBJECTIVES
@@ -25,6 +26,7 @@ from robust.weighting import WEIGHTINGS
 
 KINDS: dict[str, Registry] = {
     "models": MODELS,
+    "layouts": LAYOUTS,
     "lipschitz_layers": LIPSCHITZ_LAYERS,
     "data": DATASETS,
     "objectives": OBJECTIVES,

@@ -22,8 +22,9 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norm", help="linf, l2 or l1 (default: the checkpoint's)")
     parser.add_argument(
         "--model",
-        help="architecture of a plain state dict: a registered one, or your own nn.Module as FILE.py:NAME, which is run",
+        help="architecture of a plain state dict: a registered one, or your own as FILE.py:NAME, which is run",
     )
+    parser.add_argument("--layout", help="project that wrote a plain state dict (default: found by its names)")
     parser.add_argument("--limit", type=count, metavar="N", help="only the first N images")
 
 
@@ -41,7 +42,7 @@ def problem(options: argparse.Namespace) -> tuple[Checkpoint, DataSet, Ball]:
         raise CheckpointError(f"{options.checkpoint}: a plain state dict also needs --{' and --'.join(missing)}")
     data = parse_dataset(options.data)(options.root)
     model = model_for(options.model, data)
-    load_state_dict_file(options.checkpoint, model)
+    load_state_dict_file(options.checkpoint, model, options.layout)
     ball = make_ball(options.norm or "linf", number(options.eps))
     facts = {"model": options.model, "data": options.data, "input_shape": list(data.input_shape)}
     facts.update(classes=len(data.classes), mean=list(data.mean), std=list(data.std))

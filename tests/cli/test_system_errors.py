@@ -73,9 +73,9 @@ def test_an_output_below_a_file_is_refused(tmp_path: Path, capfd: pytest.Capture
 
 def test_writers_name_the_file_that_could_not_be_written(tight: Callable[[int], None]) -> None:
     tight(100)
-    with pytest.raises(OSError, match="a.txt"):
+    with pytest.raises(OSError, match=r"a\.txt"):
         write_whole(Path("a.txt"), "x" * 1000)
-    with pytest.raises(OSError, match=r"b.safetensors: cannot be written"):
+    with pytest.raises(OSError, match=r"b\.safetensors: cannot be written"):
         save_tensors(Path("b.safetensors"), {"x": torch.zeros(1000)}, {})
     with JsonLines(Path("c.jsonl")) as lines, pytest.raises(OSError, match=r"c.jsonl"):
         lines.append([{"x": "y" * 1000}])

@@ -9,15 +9,18 @@ from robust.settings import Settings
 
 FLAGS = {
     "train": {"recipe", "out", "tensorboard"},
-    "certify": {"data", "split", "eps", "norm", "model", "limit", "batch-size", "out", "no-curve", "verifier"},
-    "attack": {"data", "split", "eps", "norm", "model", "limit", "batch-size", "out", "no-curve", "attack"},
+    "certify": {
+        *("data", "split", "eps", "norm", "model", "layout", "limit", "batch-size", "out", "no-curve"),
+        "verifier",
+    },
+    "attack": {"data", "split", "eps", "norm", "model", "layout", "limit", "batch-size", "out", "no-curve", "attack"},
     "lipschitz": {
-        *("data", "split", "eps", "norm", "model", "limit", "batch-size", "out", "no-curve"),
+        *("data", "split", "eps", "norm", "model", "layout", "limit", "batch-size", "out", "no-curve"),
         *("method", "margins", "states", "timeout"),
     },
     "vnnlib": {"timeout", "out"},
     "compare": {"attacks", "limit", "batch-size", "out"},
-    "masking": {"data", "split", "eps", "norm", "model", "limit", "out"},
+    "masking": {"data", "split", "eps", "norm", "model", "layout", "limit", "out"},
     "sweep": {"over", "trials", "out"},
     "report": {"out"},
     "methods": set(),

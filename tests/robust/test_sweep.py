@@ -208,7 +208,10 @@ def test_a_killed_sweep_ends_as_one_that_was_left_alone(tmp_path):
     assert stop_once(start(*command("killed")), tmp_path / "killed" / "trials.jsonl", 4)
     assert main(command("killed")) == main(command("whole")) == 0
     found = [
-        [{**record.get("finished", record), "seconds": 0} for record in read_json_lines(tmp_path / name / "trials.jsonl")]
+        [
+            {**record.get("finished", record), "seconds": 0}
+            for record in read_json_lines(tmp_path / name / "trials.jsonl")
+        ]
         for name in ("killed", "whole")
     ]
     assert found[0] == found[1]

@@ -58,7 +58,7 @@ def test_an_image_that_is_wrong_stays_wrong_whatever_the_attack_makes_of_it() ->
 
     x, y = torch.tensor([0.1, 0.9]).view(-1, 1, 1, 1), torch.tensor([1, 1])
     found = validation._attacked(Threshold(), x, y, LinfBall(1.0), mirrored, torch.arange(2))
-    assert found == {"clean": 1, "under_attack": 0}
+    assert found == (1, 0)
 
 
 def test_a_validators_text_names_an_attack_or_a_verifier() -> None:
