@@ -72,23 +72,25 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
         try:
             _lock(self._file.fileno(), self.path)
             self.records, self._ends = _whole_lines(self._file.read(), self.path)
+            self.keep(len(self.records))
         except BaseException:
             self._file.close()
             raise
-        self.keep(len(self.records))
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records at the end; they are on the disk when this returns."""
         lines = [encode(record).encode("utf-8") + b"\n" for record in records]
         try:
-            self._file.write(b"".join(lines))
+            self._write(b"".join(lines))
             self._sync()
-        except OSError as error:
-            raise _naming(self.path, error) from error
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.keep(len(self.records))  # what a full disk took of a line would tear the next one
+            raise
         for line in lines:
             self.records.append(json.loads(line))
             self._ends.append((self._ends[-1] if self._ends else 0) + len(line))
@@ -110,9 +112,20 @@ class JsonLines:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _write(self, content: bytes) -> None:
+        # Unbuffered: a buffer that could not be written would be tried, and fail, again when the file is closed.
+        left = memoryview(content)
+        while left:
+            try:
+                left = left[self._file.write(left) :]
+            except OSError as error:
+                raise _naming(self.path, error) from error
+
     def _sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _naming(self.path, error) from error
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
