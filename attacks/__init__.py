@@ -1,6 +1,6 @@
 """Attacks on image classifiers: each proposes points inside a threat model and leaves the judging to others."""
 
-from attacks.attack import ATTACKS, Attack, as_torchattack
+from attacks.attack import ATTACKS, Attack, as_foolbox_attack, as_torchattack
 from attacks.methods.apgd import APGD, APGDT
 from attacks.methods.autoattack import AutoAttack
 from attacks.methods.beta import BETA
@@ -8,6 +8,7 @@ from attacks.methods.carlini_wagner import CarliniWagner
 from attacks.methods.deepfool import DeepFool
 from attacks.methods.fab import FAB
 from attacks.methods.fgsm import FGSM
+from attacks.methods.foolbox_adapter import Foolbox
 from attacks.methods.margin_pgd import MarginPGD
 from attacks.methods.mifgsm import MIFGSM
 from attacks.methods.pgd import PGD
@@ -31,6 +32,7 @@ __all__ = [
     "Ball",
     "CarliniWagner",
     "DeepFool",
+    "Foolbox",
     "L1Ball",
     "L2Ball",
     "LinfBall",
@@ -38,6 +40,7 @@ __all__ = [
     "Nearest",
     "Square",
     "Torchattacks",
+    "as_foolbox_attack",
     "as_torchattack",
     "make_ball",
     "virtual_plus",

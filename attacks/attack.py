@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from attacks.losses import misclassified
 from attacks.mode import Model
 from attacks.noise import Generators, streams
 from attacks.registry import Registry
-from attacks.threat import Ball
+from attacks.threat import Ball, make_ball
 
 ATTACKS = Registry("attack", "attacks.methods")
 
@@ -108,5 +109,28 @@ def as_torchattack(attack: Attack, model: Model, ball: Ball) -> Callable[[Tensor
                     "put the normalisation into the model's first layer"
                 )
         return attack(model, images, labels, ball)
+
+    return propose
+
+
+def as_foolbox_attack(attack: Attack, norm: str) -> Callable[..., tuple[Any, Any, Tensor]]:
+    """The attack as code written for Foolbox calls it: (model, inputs, criterion, epsilons=) -> (points, points,
+    success), lists over the radii where several are given.
+
+    Args:
+        norm: of the balls. Their pixel range is the model's bounds.
+    """
+
+    def propose(model: Any, inputs: Tensor, criterion: Any, *, epsilons: Any) -> tuple[Any, Any, Tensor]:
+        labels = getattr(criterion, "labels", criterion)
+        labels = getattr(labels, "raw", labels)
+        radii = list(epsilons) if isinstance(epsilons, Iterable) else [epsilons]
+        balls = [make_ball(norm, radius, tuple(model.bounds)) for radius in radii]
+        points = [attack(model, inputs, labels, ball) for ball in balls]
+        with torch.no_grad():
+            success = torch.stack([misclassified(model(found), labels) for found in points])
+        if isinstance(epsilons, Iterable):
+            return points, points, success
+        return points[0], points[0], success[0]
 
     return propose

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
-import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 
 from attacks.attack import ATTACKS
+from attacks.foreign import Pixels, moved_inside, option_of, private_noise
 from attacks.gradient import Precision, forward
 from attacks.losses import misclassified, strongest_targets
 from attacks.mode import Mode, Model, attack_mode
-from attacks.registry import number
 from attacks.threat import Ball
 
 NORM_NAMES = {"linf": "Linf", "l2": "L2", "l1": "L1"}
@@ -87,7 +83,7 @@ class Torchattacks:
             raise ValueError(f"torchattacks needs pixels in [0, 1], and the ball's range is {ball.pixel_range}")
         seed = self.seed if generator is None else int(torch.randint(2**31, (1,), generator=generator))
         points = x.detach().clone()
-        with attack_mode(model, self.mode), _private_noise(seed, x.device):
+        with attack_mode(model, self.mode), private_noise(seed, x.device):
             with torch.no_grad():
                 clean = forward(model, x, self.precision)
             targets = strongest_targets(clean, y, 1).squeeze(1)
@@ -96,17 +92,17 @@ class Torchattacks:
             eps = ball.eps_of(x).flatten()
             for radius in eps[left].unique().tolist():
                 rows = (left & (eps == radius)).nonzero().squeeze(1)
-                attack = self._made(_Pixels(model, x, self.precision), clean.shape[1], ball.norm, radius)
+                attack = self._made(Pixels(model, x, self.precision), clean.shape[1], ball.norm, radius)
                 with torch.enable_grad():
                     found = attack(points[rows], targets[rows] if self.targeted else y[rows]).detach().to(x)
                 found = torch.where(found.isfinite(), found, points[rows])
-                points[rows] = _moved_inside(found, points[rows], ball.select(rows))
+                points[rows] = moved_inside(found, points[rows], ball.select(rows))
         return points
 
     def _made(self, model: nn.Module, classes: int, norm: str, eps: float) -> Any:
         """The package's attack, with every parameter that matters set by us."""
         parameters = _parameters(self.name)
-        given = dict(_option(option, self.name, parameters) for option in self.options)
+        given = dict(option_of(text, f"torchattacks' {self.name}", parameters) for text in self.options)
         known = {"eps": eps, "max_epsilon": eps, "norm": NORM_NAMES[norm], "n_classes": classes, "seed": self.seed}
         if self.name in PUBLISHED_STEPS:
             known["steps"] = PUBLISHED_STEPS[self.name]
@@ -117,20 +113,6 @@ class Torchattacks:
         if self.targeted:
             attack.set_mode_targeted_by_label(quiet=True)
         return attack
-
-
-class _Pixels(nn.Module):
-    """The model as the package wants it: a module with a device, whose modes are no concern of the package."""
-
-    def __init__(self, model: Model, like: Tensor, precision: Precision) -> None:
-        super().__init__()
-        self.device_of_inputs = nn.Parameter(like.new_zeros(()), requires_grad=False)
-        # In a tuple, so that the package, which sets the mode of the modules that it finds, does not find it.
-        self.inside = (model,)
-        self.precision = precision
-
-    def forward(self, x: Tensor) -> Tensor:
-        return forward(self.inside[0], x, self.precision)
 
 
 def _package() -> Any:
@@ -157,39 +139,3 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
         raise ValueError(f"torchattacks has no attack named {name!r}; known: {', '.join(sorted(entries))}")
     parameters = dict(inspect.signature(entries[name].__init__).parameters)
     return {key: parameters[key] for key in parameters if key not in ("self", "model")}
-
-
-def _option(text: str, name: str, parameters: dict[str, inspect.Parameter]) -> tuple[str, Any]:
-    """(parameter, value) of "steps=20", the value in the type of the parameter's default."""
-    key, _, value = text.partition("=")
-    if key not in parameters:
-        raise ValueError(f"torchattacks' {name} has no parameter {key!r}; it has: {', '.join(parameters) or 'none'}")
-    default = parameters[key].default
-    if isinstance(default, bool):
-        if value not in ("true", "false"):
-            raise ValueError(f"torchattacks' {name}, {key}: expected true or false, got {value!r}")
-        return key, value == "true"
-    if isinstance(default, int) and value.lstrip("-").isdigit():
-        return key, int(value)
-    return key, number(value) if isinstance(default, int | float) else value
-
-
-def _moved_inside(points: Tensor, x: Tensor, ball: Ball) -> Tensor:
-    inside = ball.contains(points, x).view((-1,) + (1,) * (x.dim() - 1))
-    return torch.where(inside, points, ball.project(points, x))
-
-
-@contextlib.contextmanager
-def _private_noise(seed: int, device: torch.device) -> Iterator[None]:
-    """Global noise of torch, numpy and Python that depends on the seed alone, and is afterwards as it was before."""
-    # numpy's old global stream is the one that the package draws from.
-    others = numpy.random.get_state(), random.getstate()  # noqa: NPY002
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        numpy.random.seed(seed % 2**32)  # noqa: NPY002
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            numpy.random.set_state(others[0])  # noqa: NPY002
-            random.setstate(others[1])

@@ -24,9 +24,10 @@ def shortened(name: str) -> str:
     return SHORT.get(name, f"{name}:steps=12" if hasattr(ATTACKS[name], "steps") else name)
 
 
-FOREIGN = ["torchattacks:name=MIFGSM"] if importlib.util.find_spec("torchattacks") else []
+PACKAGES = {"torchattacks": "name=MIFGSM", "foolbox": "name=LinfProjectedGradientDescent,options=steps=5+random_start=false"}
+FOREIGN = [f"{name}:{text}" for name, text in PACKAGES.items() if importlib.util.find_spec(name)]
 ATTACK_TEXTS = [
-    *(shortened(name) for name in ATTACKS.names() if name != "torchattacks"),
+    *(shortened(name) for name in ATTACKS.names() if name not in PACKAGES),
     *FOREIGN,
     "fgsm:start=uniform,step_size=1.25",
     "pgd:keep=last,decay=0.1,decay_at=0.5+0.8,unit=box",

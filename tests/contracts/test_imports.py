@@ -132,6 +132,10 @@ def test_optional_and_fragile_packages_are_imported_where_they_are_used(path: Pa
         "onnxruntime",
         "torchattacks",
         "auto_LiRPA",
+        "foolbox",
+        "robustbench",
+        "timm",
+        "huggingface_hub",
         "highspy",
     }
     if name_of(path) == "robust/torchvision_source.py":
