@@ -24,7 +24,10 @@ def shortened(name: str) -> str:
     return SHORT.get(name, f"{name}:steps=12" if hasattr(ATTACKS[name], "steps") else name)
 
 
-PACKAGES = {"torchattacks": "name=MIFGSM", "foolbox": "name=LinfProjectedGradientDescent,options=steps=5+random_start=false"}
+PACKAGES = {
+    "torchattacks": "name=MIFGSM",
+    "foolbox": "name=LinfProjectedGradientDescent,options=steps=5+random_start=false",
+}
 FOREIGN = [f"{name}:{text}" for name, text in PACKAGES.items() if importlib.util.find_spec(name)]
 ATTACK_TEXTS = [
     *(shortened(name) for name in ATTACKS.names() if name not in PACKAGES),

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = dict(
-    re.findall(r"```python\n# (\S+/\S+\.py)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FILES = dict(re.findall(r"```python\n# (\S+/\S+\.py)\n(.*?)```", README, flags=re.DOTALL))
 
 USE = """
 import torch

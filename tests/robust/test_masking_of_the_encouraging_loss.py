@@ -18,7 +18,7 @@ from robust.trainer import train
 
 IMAGES = 120
 EPS = 0.2
-"""Twice the radius of training: the logits of this loss keep growing there, and with them the cross-entropy saturates."""
+"""Twice the radius of training: there the logits of this loss keep growing, and the cross-entropy saturates."""
 
 
 def evidence(objective: str, folder: Path) -> tuple[Masking, float]:
