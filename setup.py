@@ -39,9 +39,9 @@ setup(
             "onnxruntime",
             "onnxscript",  # which torch.onnx.export needs
         ],
-        # The bound keeps resolvers from an older release without the pin on requests 2.25 that this one has.
         "foolbox": ["foolbox"],
         "hub": ["huggingface_hub"],
+        # The bound keeps resolvers from an older release without the pin on requests 2.25 that this one has.
         "torchattacks": ["torchattacks>=3.5.1"],
     },
     entry_points={"console_scripts": ["robust = robust.cli:main"]},
