@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attacks.image_convolution import ImageConvolution, wants_image_gradient_alone
 from certify.interval import BallImage, Interval
 from certify.op import RULES, AffineOp, Call, NonNegativeOp, Op, Traced
 
@@ -90,21 +91,9 @@ class Conv2d(AffineOp):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
-        if self._is_attacked(x):
-            return _FrozenConv.apply(x, self)
+        if self.groups == 1 and wants_image_gradient_alone(x, self.weight, self.bias):
+            return ImageConvolution.apply(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def _is_attacked(self, x: Tensor) -> bool:
-        """Whether only the gradient in an image of few channels is wanted, on a CPU."""
-        return (
-            x.requires_grad
-            and torch.is_grad_enabled()
-            and not self.weight.requires_grad
-            and self.groups == 1
-            and self.in_shape[0] <= MOST_IMAGE_CHANNELS
-            and x.device.type == "cpu"
-            and not (self.bias is not None and self.bias.requires_grad)
-        )
 
     def linear_part(self) -> AffineOp:
         return replace(self, bias=None)
@@ -172,30 +161,6 @@ class Scale(AffineOp):
 
     def constant(self, A: Tensor) -> Tensor:
         return (A * self.shift).flatten(2).sum(-1)
-
-
-MOST_IMAGE_CHANNELS = 4
-
-
-class _FrozenConv(torch.autograd.Function):
-    """Convolution of an image with constant weights: the first layer under an attack.
-
-    With so few channels the gradient in the image is a product with the kernel matrix and a fold, 2 to 5 times faster
-    than the library's transposed convolution, which is built for many channels.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, conv: Conv2d) -> Tensor:
-        ctx.conv, ctx.dtype = conv, x.dtype
-        return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        conv = ctx.conv
-        # Under autocast the incoming gradient may be bfloat16; the pixels it belongs to are not.
-        columns = (conv.weight.to(grads[0].dtype).flatten(1).T @ grads[0].flatten(2)).to(ctx.dtype)
-        kernel = conv.weight.shape[2:]
-        return F.fold(columns, conv.in_shape[1:], kernel, conv.dilation, conv.padding, conv.stride), None
 
 
 class _LinearInterval(torch.autograd.Function):
