@@ -5,7 +5,7 @@ Also the home of the backward pass that crown_ibp and alpha_crown share.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -144,7 +144,12 @@ class Rows:
         return Box(lb.view_as(box.lb), ub.view_as(box.ub))
 
 
-def intermediate_boxes(snapshot: Snapshot, region: Region, known: Boxes | None = None) -> Boxes:
+RowBounds = Callable[[Snapshot, int, Rows, Boxes, Region], Tensor]
+
+
+def intermediate_boxes(
+    snapshot: Snapshot, region: Region, known: Boxes | None = None, bound: RowBounds | None = None
+) -> Boxes:
     """CROWN bounds of every node that a nonlinear op reads.
 
     Each op's interval rule is applied to the tightened boxes before it; only neurons whose relaxation that leaves
@@ -153,8 +158,9 @@ def intermediate_boxes(snapshot: Snapshot, region: Region, known: Boxes | None =
 
     Args:
         known: bounds that hold already, by place; what is found is cut by them.
+        bound: what gives the bounds of rows, with the arguments and the result of `bound_rows`, which it is where None.
     """
-    needed = set(relaxed_inputs(snapshot))
+    needed, bound = set(relaxed_inputs(snapshot)), bound or bound_rows
     intervals: list[Interval] = [region.interval()]
     boxes: Boxes = {}
     if 0 in needed:
@@ -168,7 +174,7 @@ def intermediate_boxes(snapshot: Snapshot, region: Region, known: Boxes | None =
             mask = loose_mask(snapshot, place, box)
             if mask.any() and not _exact_by_intervals(snapshot, place, region):
                 rows = Rows.of(mask)
-                box = rows.write(box, bound_rows(snapshot, place, rows, boxes, region))
+                box = rows.write(box, bound(snapshot, place, rows, boxes, region))
             boxes[place] = box
             interval = Interval.from_box(*box)
         intervals.append(interval)

@@ -108,15 +108,13 @@ def row_norms(snapshot: Snapshot, boxes: Boxes, rows: Tensor, norm: str, method:
             unknown (Zhang et al. 2019, backward direction).
     """
     graph, places = gradient_graph(snapshot, boxes)
-    start = _exactly(rows)
+    start = exactly(rows)
     if method == "interval":
         box, _ = interval_walk(graph, start.interval(), keep_boxes=False)
-        return RowNorms(_largest(box, norm), {})
-    graph = _with_norm(graph, rows, norm)
-    if method == "recurjac":
-        graph = Snapshot(tuple(_flattened(node) for node in graph.nodes))
+        return RowNorms(largest(box, norm), {})
+    graph = with_propagation(with_norm(graph, rows, norm), method)
     found = intermediate_boxes(graph, start)
-    ub = _largest(found[len(graph.nodes) - 3], norm)
+    ub = largest(found[len(graph.nodes) - 3], norm)
     coefficients: dict[int, Tensor] = {}
     linear = backward(graph, len(graph.nodes) - 1, output_rows(graph, start), found, record=coefficients)
     if norm != "l1":
@@ -128,9 +126,8 @@ def row_norms(snapshot: Snapshot, boxes: Boxes, rows: Tensor, norm: str, method:
 def entry_bounds(snapshot: Snapshot, boxes: Boxes, rows: Tensor, method: Propagation) -> Box:
     """Bounds of every entry of row . J, each `[N, *input]`; arguments as in `row_norms`."""
     graph, _ = gradient_graph(snapshot, boxes)
-    start = _exactly(rows)
-    if method == "recurjac":
-        graph = Snapshot(tuple(_flattened(node) for node in graph.nodes))
+    start = exactly(rows)
+    graph = with_propagation(graph, method)
     interval, _ = interval_walk(graph, start.interval(), keep_boxes=False)
     box = Box(interval.lb, interval.ub)
     if method == "interval":
@@ -153,17 +150,18 @@ def _slack(graph: Snapshot, places: dict[int, int], found: Boxes, coefficients: 
     return slack
 
 
-def _exactly(rows: Tensor) -> Region:
+def exactly(rows: Tensor) -> Region:
+    """The region of the rows alone."""
     return Region(rows, torch.zeros_like(rows), rows)
 
 
-def _largest(box: AnyBox, norm: str) -> Tensor:
+def largest(box: AnyBox, norm: str) -> Tensor:
     """The dual norm of the largest magnitudes of a box's entries, `[N]`."""
     magnitude = torch.maximum(-box.lb, box.ub).flatten(1)
     return torch.linalg.vector_norm(magnitude, DUAL[norm], dim=1)
 
 
-def _with_norm(graph: Snapshot, rows: Tensor, norm: str) -> Snapshot:
+def with_norm(graph: Snapshot, rows: Tensor, norm: str) -> Snapshot:
     """The graph followed by minus the sum of |J_j| (linf) or of J_j^2 (l2), whose lower bound is asked for.
 
     |J| is the greatest s * J for s in [-1, 1], so a Gate has the best lines above it. For l1 the norm is read from the
@@ -183,8 +181,11 @@ def _with_norm(graph: Snapshot, rows: Tensor, norm: str) -> Snapshot:
     )
 
 
-def _flattened(node: Node) -> Node:
-    return replace(node, op=node.op.flattened()) if isinstance(node.op, Gate) else node
+def with_propagation(graph: Snapshot, method: Propagation) -> Snapshot:
+    """The graph with the lines of the method."""
+    if method != "recurjac":
+        return graph
+    return Snapshot(tuple(replace(n, op=n.op.flattened()) if isinstance(n.op, Gate) else n for n in graph.nodes))
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,17 @@ from torch import Tensor
 from certify.bounds.alpha_crown import tightened_boxes
 from certify.bounds.crown import Boxes, intermediate_boxes
 from certify.bounds.interval import interval_walk
-from certify.bounds.jacobian import PROPAGATIONS, Propagation, entry_bounds, row_norms
+from certify.bounds.jacobian import PROPAGATIONS, Propagation, entry_bounds, gradient_graph, row_norms
+from certify.bounds.jacobian_core import has_core, shared_row_norms
+from certify.graph import Snapshot
 from certify.lipschitz.problem import Problem
 from certify.op import Box
 
 NUMBERS = 2**24
 """Numbers in the widest layer, over all problems that are bounded at a time; CROWN's rows have their own budget."""
+
+DEAR = 2**18
+"""Entries of a gradient times numbers of the widest layer, from which on examples are bounded by their cores."""
 
 States = Literal["interval", "crown", "alpha_crown"]
 
@@ -38,11 +43,33 @@ def crown(problem: Problem, states: States = "crown", iterations: int | None = N
 
 def _bounded(problem: Problem, method: Propagation, states: States, iterations: int | None) -> tuple[Tensor, Tensor]:
     boxes = state_boxes(problem, states, iterations)
-    ub = [
-        row_norms(problem.snapshot.select(owner), select(boxes, owner), rows, problem.norm, method).ub
-        for owner, rows in _problems(problem)
-    ]
+    graphs = [] if method == "interval" else _with_cores(problem, boxes)
+    if graphs:
+        shared = zip(graphs, problem.rows, strict=True)
+        ub = [shared_row_norms(graph, rows, problem.norm, method) for graph, rows in shared]
+    else:
+        ub = [
+            row_norms(problem.snapshot.select(owner), select(boxes, owner), rows, problem.norm, method).ub
+            for owner, rows in _problems(problem)
+        ]
     return torch.cat(ub).view(problem.rows.shape[:2]), problem.attained()
+
+
+def _with_cores(problem: Problem, boxes: Boxes) -> list[Snapshot]:
+    """The gradient's graph of each example, if all have cores and a pass for every entry is dear, else nothing."""
+    if problem.x[0].numel() * _widest(problem) < DEAR:
+        return []
+    graphs = []
+    for one in torch.arange(len(problem.x), device=problem.x.device).unsqueeze(1):
+        graph = gradient_graph(problem.snapshot.select(one), select(boxes, one)).snapshot
+        if not has_core(graph):
+            return []
+        graphs.append(graph)
+    return graphs
+
+
+def _widest(problem: Problem) -> int:
+    return max(int(torch.Size(node.shape).numel()) for node in problem.snapshot.nodes)
 
 
 def entries(problem: Problem, method: Propagation, states: States = "crown", iterations: int | None = None) -> Box:
@@ -80,6 +107,5 @@ def _problems(problem: Problem) -> Iterator[tuple[Tensor, Tensor]]:
     """(examples `[N]`, rows `[N, K]`) in portions whose widest layer holds at most NUMBERS numbers."""
     batch, count = problem.rows.shape[:2]
     owner = torch.arange(batch, device=problem.x.device).repeat_interleave(count)
-    widest = max(int(torch.Size(node.shape).numel()) for node in problem.snapshot.nodes)
-    size = max(1, NUMBERS // widest)
+    size = max(1, NUMBERS // _widest(problem))
     return zip(owner.split(size), problem.rows.flatten(0, 1).split(size), strict=True)

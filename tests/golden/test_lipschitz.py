@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,9 @@ from certify.lipschitz.local import jacobian_bounds, local_lipschitz
 from certify.lipschitz.operator_norm import operator_norm_bound, power_iteration
 from certify.lipschitz.search import Search, gradient_norms
 from certify.ops.affine import Linear, conv2d
-from tests.golden.networks import reference_folder
+from tests.golden import lipschitz_networks
+from tests.golden.lipschitz_networks import FOLDER, NotIncluded, network, values
 
-FOLDER = reference_folder() / "golden_lipschitz"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason=f"no reference values in {FOLDER}")
 
 NO_SEARCH = Search(samples=0)
@@ -34,41 +33,14 @@ LINEAR = {
 }
 
 
-@lru_cache
-def values() -> dict[str, Any]:
-    return json.loads((FOLDER / "values.json").read_text()) if FOLDER.exists() else {}
-
-
-@lru_cache
-def network(name: str) -> tuple[nn.Module, Tensor, dict[str, np.ndarray]]:
-    """(network in float64, centres, what the npz holds); skips where the weights are not part of the values."""
-    stored = dict(np.load(FOLDER / f"{name}.npz"))
-    layers: list[nn.Module] = []
-    for layer in values()[name]["layers"]:
-        if layer["type"] in ("linear", "conv2d"):
-            if layer["weight"] not in stored:
-                pytest.skip(f"the weights of {name} are public but not included")
-            weight, bias = (torch.from_numpy(stored[layer[key]]).double() for key in ("weight", "bias"))
-            if layer["type"] == "linear":
-                module: nn.Module = nn.Linear(weight.shape[1], weight.shape[0]).double()
-            else:
-                sizes = weight.shape[1], weight.shape[0], tuple(weight.shape[2:])
-                module = nn.Conv2d(*sizes, layer["stride"], layer["padding"]).double()
-            module.weight.data, module.bias.data = weight, bias
-            layers.append(module)
-        else:
-            layers.append({"relu": nn.ReLU, "flatten": nn.Flatten, "tanh": nn.Tanh}[layer["type"]]())
-    centers = torch.from_numpy(stored["centers"]).double().view(-1, *values()[name]["shape"])
-    return nn.Sequential(*layers), centers, stored
-
-
 INSTANCES = [(name, key) for name, net in values().items() for key in net["instances"]]
 
 
-def instance(name: str, key: str) -> tuple[nn.Module, Tensor, LinfBall, dict[str, Any]]:
-    model, centers, _ = network(name)
-    entry = values()[name]["instances"][key]
-    return model, centers[entry["center"]].unsqueeze(0), LinfBall(entry["eps"], None), entry
+def instance(name: str, key: str) -> tuple[nn.Sequential, Tensor, LinfBall, dict[str, Any]]:
+    try:
+        return lipschitz_networks.instance(name, key)
+    except NotIncluded as error:
+        pytest.skip(str(error))
 
 
 def of(entry: dict[str, Any], key: str) -> Tensor:
@@ -111,7 +83,7 @@ def test_the_order_of_all_bounds(name: str, key: str):
 @pytest.mark.parametrize(("name", "key"), INSTANCES)
 def test_entry_bounds(name: str, key: str):
     model, x, ball, _ = instance(name, key)
-    stored = network(name)[2]
+    stored = network(name).arrays
     if f"jac_lower_{key}" not in stored or name == "mlp_tanh":
         pytest.skip("no bounds of entries are stored, or by another relaxation")
     bounds = jacobian_bounds(model, x, ball)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from certify.lipschitz.search import Search, proven_norms
 from certify.op import UnsupportedOp
 from certify.spec import margin_spec
 from tests.certify.lipschitz.nets import box, by_brute_force, cloud, difference_of_relus, family, jacobians, mlp
-from tests.certify.networks import CLASSES, INPUT, KINDS, VARIANTS, network, pair, sandwich
+from tests.certify.networks import CLASSES, INPUT, KINDS, VARIANTS, layer, network, pair, sandwich
 
 QUICK = Search(samples=8, rounds=1, moves=4)
 TIGHT = 1 + 1e-9
@@ -198,6 +199,49 @@ def test_memory_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("certify.lipschitz.search.NUMBERS", 500)
     parts = local_lipschitz(model, x, LinfBall(0.05), search=QUICK)
     assert torch.allclose(whole.ub, parts.ub, rtol=1e-12)
+
+
+CHAINS = {
+    "relu after relu": [layer(nn.ReLU), layer(nn.ReLU)],
+    "branches": [VARIANTS["residual_of_residual"], layer(nn.ReLU)],
+    "smooth": [KINDS["tanh"], KINDS["conv"], KINDS["leaky_relu"]],
+    "pooled": [KINDS["relu"], VARIANTS["conv_stride"], KINDS["relu"], KINDS["avg_pool"], KINDS["relu"]],
+}
+
+
+@pytest.mark.parametrize(
+    ("norm", "method"), [("linf", "crown"), ("linf", "recurjac"), ("l2", "crown"), ("l1", "crown")]
+)
+@pytest.mark.parametrize("name", CHAINS)
+def test_bounds_by_the_core_are_those_by_the_layers(name: str, norm: str, method: str, monkeypatch: pytest.MonkeyPatch):
+    model = wide(network(CHAINS[name], 0))
+    x = torch.rand(2, *INPUT, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    spec = margin_spec(torch.tensor([0, 2]), CLASSES, torch.float64)
+    found = []
+    for dear in (math.inf, 0):
+        monkeypatch.setattr("certify.lipschitz.linear.DEAR", dear)
+        found.append(local_lipschitz(model, x, LinfBall(0.1), method, spec, norm=norm, search=Search(samples=0)).ub)
+    assert torch.allclose(*found, rtol=1e-10, atol=0)
+    monkeypatch.setattr("certify.bounds.jacobian_core.ROW_BUDGET", 30_000)
+    parts = local_lipschitz(model, x, LinfBall(0.1), method, spec, norm=norm, search=Search(samples=0)).ub
+    assert torch.allclose(parts, found[1], rtol=1e-12, atol=0)
+
+
+def test_only_networks_of_open_gates_have_cores(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("certify.lipschitz.linear.DEAR", 0)
+    used = []
+    monkeypatch.setattr(
+        "certify.lipschitz.linear.shared_row_norms", lambda graph, rows, *_: used.append(graph) or rows[:, 0]
+    )
+    x = torch.rand(1, *INPUT, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for name, expected in (("relu", 1), ("tanh", 1), ("max_pool", 0), ("min_max", 0)):
+        used.clear()
+        local_lipschitz(wide(network([(KINDS | VARIANTS)[name]], 0)), x, LinfBall(0.1), search=Search(samples=0))
+        assert len(used) == expected, name
+    used.clear()
+    monkeypatch.setattr("certify.bounds.jacobian_core.MOST_OPEN", 3)
+    local_lipschitz(wide(network([KINDS["relu"]], 0)), x, LinfBall(0.1), search=Search(samples=0))
+    assert not used
 
 
 def test_optimised_slopes_are_never_worse():
