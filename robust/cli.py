@@ -2,20 +2,21 @@
 
 Entry points stay thin: they read settings, call the library and print where the results are. A command is a file of
 `robust/commands`, named as it is called: WORDS (its line in the help), EXAMPLES, `add_flags(parser)` and
-`run(options)`. Flags are run-level only; a method's hyper-parameters are fields of its text, such as
-`--objective mtl_ibp:ibp_weight=0.01`.
+`run(options)`, which returns what --json prints where the command has that flag (`robust.flags.add_json`). Flags are
+run-level only; a method's hyper-parameters are fields of its text, such as `--objective mtl_ibp:ibp_weight=0.01`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
 import importlib
 import os
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -23,7 +24,7 @@ import torch
 from robust import commands as folder
 from robust.allocator import keep_freed_memory
 from robust.crew import CrewError
-from robust.files import FileInUse
+from robust.files import FileInUse, encode
 from robust.run_setup import TrainingError
 
 USER_ERRORS = (ValueError, OSError, TrainingError, FileInUse, CrewError)
@@ -32,15 +33,30 @@ USER_ERRORS = (ValueError, OSError, TrainingError, FileInUse, CrewError)
 EXAMPLES = """examples:
   robust train --recipe digits_mtl_ibp         a certifiably robust classifier in under a minute
   robust certify runs/digits_mtl_ibp/checkpoint.safetensors
-  robust methods attacks                       which attacks there are, and their fields"""
+  robust methods attacks                       which attacks there are, and their fields
+  robust doctor                                whether everything here works"""
+
+EXIT_CODES = """exit codes:
+  0    done
+  1    robust doctor: a check failed
+  2    a mistake in what was asked for, or a file, a disk or a device that cannot be used: one line says which
+  130  interrupted (Ctrl-C, SIGTERM); the same command goes on where it stopped"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 for success, 2 for a mistake in what was asked for, 130 for an interruption."""
+    """Run the command line; EXIT_CODES says what it returns."""
     options = _parse(arguments)
+    code = 0
     keep_freed_memory()
     try:
-        options.run(options)
+        if getattr(options, "json", False):
+            with contextlib.redirect_stdout(sys.stderr):
+                result = options.run(options)
+            if result:  # nothing from the processes of torchrun that do not lead
+                print(encode(result))
+        else:
+            result = options.run(options)
+        code = 1 if isinstance(result, Mapping) and result.get("failed") else 0
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has seen enough (`robust recipes | head`). What is still buffered must not complain at exit.
@@ -59,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # torchrun interrupts all its processes; one of them says so
             print("robust: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
-    return 0
+    return code
 
 
 def _words(error: BaseException) -> str:
@@ -87,7 +103,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
+    parser = command_parser()
     if not (sys.argv[1:] if arguments is None else arguments):
         parser.print_help(sys.stderr)
         raise SystemExit(2)
@@ -101,11 +117,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
     parser = _Parser(
         prog="robust",
         description="Train, attack and certify robust image classifiers.",
-        epilog=EXAMPLES,
+        epilog=f"{EXAMPLES}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

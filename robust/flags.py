@@ -17,6 +17,20 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as one JSON object; words for people go to stderr"
+    )
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be done, with time and memory estimated from a few steps, and write nothing",
+    )
+
+
 def usable_device(text: str) -> str:
     """`text` itself where a tensor can be put there; ValueError names the reason otherwise."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from certify.verifier import VERIFIERS
 from robust.checkpoint import Checkpoint
 from robust.crew import Crew
 from robust.dataset import data_root
+from robust.dry_run import dry_judgement, memory_advice
 from robust.eps_curve import EpsCurve, eps_curve
-from robust.evaluate import evaluate
-from robust.flags import add_machine, count, own_device, usable_device
+from robust.evaluate import BLOCK, evaluate
+from robust.flags import add_json, add_machine, count, own_device, usable_device
 from robust.images import Images
 from robust.lipschitz import LIPSCHITZ_FOLDER, Constants
 from robust.nearest_examples import nearest_examples
@@ -40,15 +42,23 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-curve", action="store_true", help="leave out what is measured for the pictures alone")
     add_machine(parser)
+    add_json(parser)
 
 
-def judge(options: argparse.Namespace, verifier: Any, attack: Any) -> None:
+def judge(options: argparse.Namespace, verifier: Any, attack: Any) -> dict[str, Any]:
+    """Facts of the report, as `draw` gives them; none from a process that does not lead."""
     crew = Crew.join()
     options.device = device = usable_device(own_device(options.device, crew is not None))
     checkpoint, data, ball = problem(options)
     images = images_of(options, data)
     out = options.out or options.checkpoint.parent / ("certify" if verifier is not None else "attack")
     leads = crew is None or crew.rank == 0
+    if options.dry_run:
+        return dry_judgement(checkpoint, data, ball, verifier, attack, out, vars(options)) if leads else {}
+    batch = options.batch_size or getattr(verifier, "block", BLOCK)
+    note = memory_advice(checkpoint.model, data.input_shape, batch, verifier, device)
+    if leads and note is not None:
+        print(f"robust: note: {note}", file=sys.stderr)
     sources = _sources(options, checkpoint)
     if leads and not (out / ROWS_FILE).exists() and not (out / SOURCES_FILE).exists():
         sources.save(out)  # so that `robust report` can draw the evaluation while it runs
@@ -67,12 +77,12 @@ def judge(options: argparse.Namespace, verifier: Any, attack: Any) -> None:
         crew=crew,
     )
     if not leads:
-        return
+        return {}
     if not options.no_curve:
         sources = dataclasses.replace(sources, curve=_curve(options, checkpoint, images, ball, verifier, attack))
         nearest_examples(checkpoint.model, images, report, ball).save(out)
     sources.save(out)
-    draw(report, out, sources, images)
+    return draw(report, out, sources, images)
 
 
 def _curve(
@@ -94,7 +104,8 @@ def _sources(options: argparse.Namespace, checkpoint: Checkpoint) -> Sources:
     )
 
 
-def draw(report: Report, out: Path, sources: Sources | None, images: Images | None) -> None:
+def draw(report: Report, out: Path, sources: Sources | None, images: Images | None) -> dict[str, Any]:
+    """Write and print what the report says; its facts: header and rates as in summary.json, and the page."""
     log = Path(sources.log) if sources is not None and sources.log is not None else None
     page = write_report(
         report,
@@ -106,6 +117,7 @@ def draw(report: Report, out: Path, sources: Sources | None, images: Images | No
     )
     print(summary_lines(report))
     print(f"report: {page}")
+    return {"report": str(page), "header": report.header, **report.summary().facts()}
 
 
 def summary_lines(report: Report) -> str:

@@ -49,21 +49,51 @@ def print_methods(only: str | None) -> None:
             print(f"{kind}:")
             for name in registry.names():
                 entry = registry[name]
-                first = (inspect.getdoc(entry) or "").split("\n\n")[0].replace("\n", " ")
-                print(textwrap.fill(f"{name}  {first}", 110, initial_indent="  ", subsequent_indent="      "))
-                fields = [_field_text(registry, entry, field) for field in dataclasses.fields(entry) if field.init]
+                print(
+                    textwrap.fill(
+                        f"{name}  {_first_paragraph(entry)}", 110, initial_indent="  ", subsequent_indent="      "
+                    )
+                )
+                fields = [_field_text(field) for field in dataclasses.fields(entry) if field.init]
                 if fields:
                     text = "fields: " + ", ".join(fields)
                     print(textwrap.fill(text, 110, initial_indent="      ", subsequent_indent="        "))
 
 
-def _field_text(registry: Registry, entry: Any, field: Any) -> str:
+def method_facts(only: str | None) -> dict[str, Any]:
+    """What `print_methods` prints, as JSON values: kind -> name -> first sentence and fields with their defaults."""
+    return {
+        kind: {
+            name: {
+                "words": _first_paragraph(registry[name]),
+                "fields": {
+                    field.name: _default_text(field) for field in dataclasses.fields(registry[name]) if field.init
+                },
+            }
+            for name in registry.names()
+        }
+        for kind, registry in KINDS.items()
+        if only in (None, kind)
+    }
+
+
+def _first_paragraph(entry: Any) -> str:
+    return (inspect.getdoc(entry) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _field_text(field: Any) -> str:
+    default = _default_text(field)
+    return f"{field.name} (required)" if default is None else f"{field.name}={default}"
+
+
+def _default_text(field: Any) -> str | None:
+    """A field's default as a method's text has it, None where it has none."""
     if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-        return f"{field.name} (required)"
+        return None
     nested = field.metadata.get("registry")
     if nested is not None and field.default is not None:
-        return f"{field.name}=({nested.spell(field.default)})"
-    return f"{field.name}={_plain(field.default)}"
+        return f"({nested.spell(field.default)})"
+    return _plain(field.default)
 
 
 def _plain(value: Any) -> str:
@@ -88,6 +118,20 @@ def print_recipes(only: str | None) -> None:
     for name in recipe_names():
         recipe = load_recipe(name)
         print(f"{name:<44} {_published(recipe)}")
+
+
+def recipe_facts(only: str | None) -> dict[str, Any]:
+    """What `print_recipes` prints, as JSON values: name -> title, note, settings and published result."""
+    recipes = [load_recipe(name) for name in (recipe_names() if only is None else [only])]
+    return {
+        recipe.name: {
+            "title": recipe.title,
+            "note": recipe.note,
+            "settings": recipe.settings.to_dict(),
+            "published": None if recipe.published is None else dataclasses.asdict(recipe.published),
+        }
+        for recipe in recipes
+    }
 
 
 def _published(recipe: Recipe) -> str:

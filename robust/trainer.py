@@ -129,6 +129,33 @@ def train(
     return _Run(settings, out, torch.device(device), root, progress, tensorboard, save_every, team).run()
 
 
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a run is about to do: counts of the whole run, and seconds of a step at the full radius."""
+
+    images: int
+    parameters: int
+    steps_per_epoch: int
+    seconds_per_step: float
+
+
+def rehearse(settings: Settings, root: Path | None, device: torch.device, steps: int) -> Rehearsal:
+    """A few steps of the run's end, of which nothing is kept or written; one more goes before to warm up."""
+    check_texts(settings)
+    run = _Run(settings, Path(), device, root, progress=False, tensorboard=False, save_every=math.inf)
+    run.progress.step = max(0, settings.epochs * run.steps_per_epoch - steps - 1)
+    run.model.train()
+    order = run._order(settings.epochs - 1)
+    seconds = []
+    for place in range(min(steps + 1, run.steps_per_epoch)):
+        started = time.perf_counter()
+        run._step(run._batch_of(order, place))  # the loss is read, so a GPU has finished
+        seconds.append(time.perf_counter() - started)
+    timed = seconds[1:] or seconds
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    return Rehearsal(len(run.train_images), parameters, run.steps_per_epoch, sum(timed) / len(timed))
+
+
 class _Run:
     def __init__(
         self,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from certify.verifier import VERIFIERS
+from robust.flags import add_dry_run
 from robust.judging import add_evaluation, judge
 
 WORDS = "certified accuracy of a checkpoint, as a report"
@@ -17,8 +19,9 @@ EXAMPLES = """examples:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add_evaluation(parser)
+    add_dry_run(parser)
     parser.add_argument("--verifier", default="cascade", help="verifier and its fields (default: cascade)")
 
 
-def run(options: argparse.Namespace) -> None:
-    judge(options, VERIFIERS.parse(options.verifier), None)
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    return judge(options, VERIFIERS.parse(options.verifier), None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 from attacks.attack import ATTACKS
 from robust.comparison import as_text
 from robust.comparison_folder import compare_runs
-from robust.flags import add_machine, count, usable_device
+from robust.flags import add_json, add_machine, count, usable_device
 
 WORDS = "attack best and last weights of runs, side by side"
 EXAMPLES = """examples:
@@ -31,9 +33,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, help="folder of the comparison (default: comparison/ in the first run)")
     add_machine(parser)
+    add_json(parser)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     out = options.out or options.runs[0] / "comparison"
     for text in options.attacks:
         ATTACKS.parse(text)
@@ -49,3 +52,4 @@ def run(options: argparse.Namespace) -> None:
     )
     print(as_text(lines))
     print(f"comparison: {out / 'comparison.html'}")
+    return {"comparison": str(out / "comparison.html"), "lines": [dataclasses.asdict(line) for line in lines]}

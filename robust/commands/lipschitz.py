@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from certify.lipschitz.local import METHODS
 from robust.flags import usable_device
@@ -25,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="of branch and bound, per batch")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     device = usable_device(options.device)
     checkpoint, data, ball = problem(options)
     images = images_of(options, data)
@@ -51,3 +52,4 @@ def run(options: argparse.Namespace) -> None:
         if name in summary:
             print(f"{name:>12}: " + ", ".join(f"{word} {value:.4g}" for word, value in summary[name].items()))
     print(f"rows, summary and pictures of {summary['examples']} examples: {out}")
+    return {"folder": str(out), **summary}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from robust.flags import add_machine, usable_device
+from robust.flags import add_json, add_machine, usable_device
 from robust.masking import MASKING_FILE, check_masking
 from robust.problem import add_problem, images_of, problem
 
@@ -25,9 +27,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, help="folder of a report to add to (default: attack/ beside the checkpoint)"
     )
     add_machine(parser)
+    add_json(parser)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     device = usable_device(options.device)
     checkpoint, data, ball = problem(options)
     images = images_of(options, data)
@@ -44,3 +47,4 @@ def run(options: argparse.Namespace) -> None:
             print(f"       {check.words}")
     print(f"flags: {', '.join(record.flags) or 'none'} ({record.examples} examples)")
     print(f"record: {out / MASKING_FILE}; `robust report {out}` shows it beside an evaluation's rows")
+    return {"record": str(out / MASKING_FILE), "flags": list(record.flags), **dataclasses.asdict(record)}

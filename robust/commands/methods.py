@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from robust.listing import KINDS, print_methods
+from robust.flags import add_json
+from robust.listing import KINDS, method_facts, print_methods
 
 WORDS = "list methods and their fields"
 EXAMPLES = """examples:
@@ -16,7 +18,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "kind", nargs="?", choices=list(KINDS), help="only this kind: " + ", ".join(KINDS), metavar="KIND"
     )
+    add_json(parser)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     print_methods(options.kind)
+    return method_facts(options.kind)

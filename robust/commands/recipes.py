@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from robust.listing import print_recipes
+from robust.flags import add_json
+from robust.listing import print_recipes, recipe_facts
 
 WORDS = "list recipes with their published results"
 EXAMPLES = """examples:
@@ -14,7 +16,9 @@ EXAMPLES = """examples:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="show one recipe's settings")
+    add_json(parser)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     print_recipes(options.name)
+    return recipe_facts(options.name)

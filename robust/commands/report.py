@@ -6,13 +6,15 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from robust.dataset import MissingData
+from robust.flags import add_json
 from robust.judged_run import judged_runs, report_folder
 from robust.judging import draw, summary_lines
 from robust.report import Report
 from robust.report_sources import Sources
-from robust.runs_page import incomparable, write_runs_page
+from robust.runs_page import facts, incomparable, write_runs_page
 
 WORDS = "draw the report of an evaluation again, or compare those of several runs on one page"
 EXAMPLES = """examples:
@@ -27,12 +29,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help=f"page of several runs (default: {PAGE} in the folder that holds all of them)"
     )
+    add_json(parser)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     if len(options.folders) > 1:
-        _compare(options)
-        return
+        return _compare(options)
     if options.out is not None:
         raise ValueError("--out names the page of several runs; the report of one is drawn in its own folder")
     folder = report_folder(options.folders[0])
@@ -44,10 +46,10 @@ def run(options: argparse.Namespace) -> None:
             images = sources.images()
         except MissingData as error:
             print(f"robust: note: without pictures of the examples: {error}", file=sys.stderr)
-    draw(report, folder, sources, images)
+    return draw(report, folder, sources, images)
 
 
-def _compare(options: argparse.Namespace) -> None:
+def _compare(options: argparse.Namespace) -> dict[str, Any]:
     runs = judged_runs(options.folders)
     common = Path(os.path.commonpath([report_folder(path).resolve() for path in options.folders]))
     path = write_runs_page(runs, options.out or common / PAGE)
@@ -59,3 +61,4 @@ def _compare(options: argparse.Namespace) -> None:
             f"robust: note: the rates cannot be compared directly; different: {'; '.join(different)}", file=sys.stderr
         )
     print(f"comparison: {path}")
+    return {"comparison": str(path), "differ_in": different, "runs": facts(runs)}

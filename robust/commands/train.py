@@ -15,7 +15,8 @@ from typing import Any
 
 from robust.checkpoint import Checkpoint
 from robust.dataset import parse_dataset
-from robust.flags import add_machine, own_device, usable_device
+from robust.dry_run import dry_train
+from robust.flags import add_dry_run, add_json, add_machine, own_device, usable_device
 from robust.hook import HOOKS
 from robust.hooks.fedavg import FedAvg
 from robust.run_setup import CHECKPOINT, STATE, TrainingError, check_texts, refuse_other_settings
@@ -39,6 +40,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="recipe to start from (`robust recipes`), or a TOML file")
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE or runs/DATA_OBJECTIVE)")
     add_machine(parser)
+    add_dry_run(parser)
+    add_json(parser)
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events to the run's folder")
     group = parser.add_argument_group(
         "settings, each of which overrides the recipe's (`robust methods` lists what a method's text may be)"
@@ -73,7 +76,7 @@ def _field_words(settings: type) -> dict[str, str]:
     return words
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     recipe = load_recipe(options.recipe).settings.to_dict() if options.recipe else {}
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Settings)}
     changes = {name: _typed(name, value) for name, value in given.items() if value is not None}
@@ -87,6 +90,10 @@ def run(options: argparse.Namespace) -> None:
     clients = any(isinstance(HOOKS.parse(text), FedAvg) for text in settings.hooks)
     team = None if clients else Team.join(device)
     leads = team is None or team.leads
+    if leads:
+        _note_short_run(settings)
+    if options.dry_run:
+        return dry_train(settings, out, options.root, device) if leads else {}
     if leads:
         _announce(settings, out)
     try:
@@ -105,25 +112,24 @@ def run(options: argparse.Namespace) -> None:
         raise SystemExit(2) from None  # every process has come to it; the first one says it
     if team is not None:
         team.leave()
-    if leads:
-        _conclude(settings, out, checkpoint)
+    return _conclude(settings, out, checkpoint) if leads else {}
 
 
 def _announce(settings: Settings, out: Path) -> None:
-    _note_short_run(settings)
     if (out / CHECKPOINT).exists():
         print(f"the run in {out} is finished; give --out another folder to train again")
     elif (out / STATE).exists():
         print(f"going on with the run in {out}")
 
 
-def _conclude(settings: Settings, out: Path, checkpoint: Checkpoint) -> None:
+def _conclude(settings: Settings, out: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.metrics:
         rates = [f"{value:.2f} % {name.removeprefix('validation/')}" for name, value in checkpoint.metrics.items()]
         print(f"validation: {', '.join(rates)} ({settings.validator})")
     print(f"checkpoint: {out / CHECKPOINT}")
     command = "attack" if "validation/under_attack" in checkpoint.metrics else "certify"
     print(f"next: robust {command} {out / CHECKPOINT}")
+    return {"checkpoint": str(out / CHECKPOINT), "metrics": checkpoint.metrics, "settings": settings.to_dict()}
 
 
 def _run_name(settings: Settings, recipe: str | None) -> str:

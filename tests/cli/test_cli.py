@@ -415,7 +415,7 @@ def test_a_certification_killed_three_times_goes_on_with_the_same_rows(
 def test_help_names_every_flag_and_an_example_that_parses(robust: Cli, command: str) -> None:
     code, out, _ = robust(command, "--help")
     assert code == 0
-    (subparsers,) = [action.choices for action in cli._parser()._actions if isinstance(action.choices, dict)]
+    (subparsers,) = [action.choices for action in cli.command_parser()._actions if isinstance(action.choices, dict)]
     for action in subparsers[command]._actions:
         assert all(flag in out for flag in action.option_strings) and action.help
     if command == "train":
