@@ -16,6 +16,7 @@ from attacks.methods.square import Square
 from attacks.methods.torchattacks_adapter import Torchattacks
 from attacks.nearest import Nearest
 from attacks.online import virtual_plus
+from attacks.standard_evaluation import StandardEvaluation
 from attacks.threat import Ball, L1Ball, L2Ball, LinfBall, make_ball
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "MarginPGD",
     "Nearest",
     "Square",
+    "StandardEvaluation",
     "Torchattacks",
     "as_foolbox_attack",
     "as_torchattack",
