@@ -15,7 +15,7 @@ from robust.flags import add_json, add_machine, count, usable_device
 WORDS = "attack best and last weights of runs, side by side"
 EXAMPLES = """examples:
   robust compare runs/trades runs/trades_dafa --attacks pgd:steps=20 apgd_t
-  robust compare runs/pgd --limit 1000"""
+  robust compare runs/pgd --limit 1000                                  PGD and AutoAttack"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +23,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attacks",
         nargs="+",
-        default=["pgd:steps=20", "apgd_t"],
+        default=["pgd:steps=20", "autoattack"],
         metavar="ATTACK",
-        help="attacks (default: pgd:steps=20 apgd_t)",
+        help="attacks (default: pgd:steps=20 autoattack)",
     )
     parser.add_argument("--limit", type=count, metavar="N", help="only the first N test images")
     parser.add_argument(
