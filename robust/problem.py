@@ -10,12 +10,13 @@ from attacks.threat import Ball, make_ball
 from robust.checkpoint import Checkpoint, CheckpointError, load, load_state_dict_file
 from robust.dataset import DataSet, parse_dataset
 from robust.flags import count
+from robust.hub import local_checkpoint
 from robust.images import Images
 from robust.own_model import model_for
 
 
 def add_problem(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="checkpoint, or with --model a plain state dict")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint or hf:user/name, or with --model a plain state dict")
     parser.add_argument("--data", help="data set (default: the one that the checkpoint was trained on)")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="which images (default: test)")
     parser.add_argument("--eps", help="radius in pixel units, such as 8/255 (default: the checkpoint's)")
@@ -29,7 +30,8 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
 
 
 def problem(options: argparse.Namespace) -> tuple[Checkpoint, DataSet, Ball]:
-    """Checkpoint, data and threat model that an evaluation command names."""
+    """Checkpoint, data and threat model that an evaluation command names; a checkpoint of the Hub is now a file."""
+    options.checkpoint = local_checkpoint(options.checkpoint)
     if options.model is None:
         checkpoint = load(options.checkpoint)
         if options.data is None and "data" not in checkpoint.settings:

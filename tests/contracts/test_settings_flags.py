@@ -16,6 +16,7 @@ FLAGS = {
     "attack": {*EVALUATION, "attack", *RESULT},
     "lipschitz": {*EVALUATION, "method", "margins", "states", "timeout", "json"},
     "export": set(),
+    "push": {"reports", "private"},
     "vnnlib": {"timeout", "out"},
     "compare": {"attacks", "limit", "batch-size", "out", "json"},
     "masking": {*PROBLEM, "out", "json"},
@@ -36,6 +37,6 @@ def test_no_command_has_grown_a_flag() -> None:
         flags = {flag.removeprefix("--") for action in commands[name]._actions for flag in action.option_strings}
         settings = {field.name for field in dataclasses.fields(Settings)} if name == "train" else set()
         settings |= {field.replace("_", "-") for field in settings}
-        alone = ("vnnlib", "export", "report", "methods", "recipes", "doctor", "completion")
+        alone = ("vnnlib", "export", "push", "report", "methods", "recipes", "doctor", "completion")
         machine = set() if name in alone else MACHINE
         assert flags - {"-h", "help", "debug"} == expected | settings | machine
