@@ -20,13 +20,15 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     "$python" -m pip install --quiet --disable-pip-version-check --editable '.[test]'
     # Packages that tests compare with or adapt. Without their dependencies: torchattacks pins a release of requests of
     # 2021, auto-LiRPA a torch of 2022, and robustbench a timm and more than its architectures import.
-    for package in torchattacks==3.5.1 pyautoattack==0.2.0 auto-LiRPA==0.3 foolbox==3.3.4 robustbench==1.1.1 timm; do
-        "$python" -m pip install --quiet --disable-pip-version-check --no-deps "$package" ||
+    packages="torchattacks==3.5.1 pyautoattack==0.2.0 auto-LiRPA==0.3 foolbox==3.3.4 robustbench==1.1.1 timm"
+    install() { "$python" -m pip install --quiet --disable-pip-version-check "$@"; }
+    # shellcheck disable=SC2086
+    install --no-deps $packages || for package in $packages; do
+        install --no-deps "$package" ||
             echo "note: $package could not be installed; the tests that need it are skipped (remove $stamp to try again)" >&2
     done
-    # What these import, at releases of the resolver's choice.
-    "$python" -m pip install --quiet --disable-pip-version-check requests eagerpy GitPython pyyaml appdirs huggingface_hub \
-        geotorch torchdiffeq gdown pandas 'setuptools<81' ||
-        echo "note: packages around RobustBench, Foolbox and the Hugging Face Hub are missing; their tests are skipped" >&2
+    # What these import; RobustBench asks setuptools for pkg_resources.
+    install requests eagerpy GitPython pyyaml appdirs huggingface_hub geotorch torchdiffeq gdown pandas 'setuptools<81' ||
+        echo "note: tests with RobustBench, Foolbox and the Hugging Face Hub are skipped (remove $stamp to try again)" >&2
     echo "$wanted" >"$stamp"
 fi

@@ -85,18 +85,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     joins = int(os.environ.get("WORLD_SIZE", "1")) > 1
     device = usable_device(own_device(options.device, joins))
     out = options.out or Path("runs") / _run_name(settings, options.recipe)
-    refuse_other_settings(settings, out)
     # Clients that average their weights are runs of their own, not one.
     clients = any(isinstance(HOOKS.parse(text), FedAvg) for text in settings.hooks)
     team = None if clients else Team.join(device)
     leads = team is None or team.leads
-    if leads:
-        _note_short_run(settings)
     if options.dry_run:
+        refuse_other_settings(settings, out)
+        _note_short_run(settings)
         return dry_train(settings, out, options.root, device) if leads else {}
-    if leads:
-        _announce(settings, out)
     try:
+        if leads:
+            refuse_other_settings(settings, out)
+            _announce(settings, out)
         checkpoint = train(
             settings,
             out,
@@ -116,6 +116,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _announce(settings: Settings, out: Path) -> None:
+    _note_short_run(settings)
     if (out / CHECKPOINT).exists():
         print(f"the run in {out} is finished; give --out another folder to train again")
     elif (out / STATE).exists():
