@@ -8,9 +8,9 @@ from robust.completion import SHELLS, script
 
 WORDS = "print a script that completes commands, flags and methods in a shell"
 EXAMPLES = """examples:
-  source <(robust completion bash)                    in ~/.bashrc
-  source <(robust completion zsh)                     in ~/.zshrc, behind compinit
-  robust completion fish > ~/.config/fish/completions/robust.fish"""
+  robust completion bash     in ~/.bashrc: source <(robust completion bash)
+  robust completion zsh      in ~/.zshrc, behind compinit: source <(robust completion zsh)
+  robust completion fish     once: robust completion fish > ~/.config/fish/completions/robust.fish"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
