@@ -155,13 +155,13 @@ def bounds_hold(device: str = "cpu") -> str:
 
 def planted_counterexample_is_found() -> str:
     """AssertionError where an adversarial example that is there by construction is missed, or one is claimed."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    linear = nn.Linear(16, 2)
     with torch.no_grad():
-        model[1].weight.copy_(torch.stack([torch.ones(16), -torch.ones(16)]))
-        model[1].bias.copy_(torch.tensor([-8.0, 8.0]) + torch.tensor([0.8, -0.8]))
+        linear.weight.copy_(torch.stack([torch.ones(16), -torch.ones(16)]))
+        linear.bias.copy_(torch.tensor([-7.2, 7.2]))
+    model = nn.Sequential(nn.Flatten(), linear).eval()
     x, y = torch.full((1, 1, 4, 4), 0.5), torch.tensor([0])
     # The margin is 2 (sum x - 8 + 0.8) = 1.6 and falls by 32 eps: it reaches zero at eps = 0.05.
-    model.eval()
     point = ATTACKS.parse("pgd:steps=10")(model, x, y, LinfBall(0.06))
     assert int(model(point).argmax()) == 1, "PGD misses an adversarial example that is there"
     verifier = VERIFIERS.parse("cascade:timeout=10")

@@ -35,7 +35,7 @@ def dry_train(settings: Settings, out: Path, root: Path | None, device: str) -> 
     """Print and return what `robust train` would do; nothing is written."""
     trial = rehearse(settings, root, torch.device(device), STEPS)
     seconds = trial.seconds_per_step * trial.steps_per_epoch * settings.epochs
-    facts = {
+    facts: dict[str, Any] = {
         "settings": settings.to_dict(),
         "out": str(out),
         "device": device,
@@ -82,7 +82,7 @@ def dry_judgement(
     started = time.perf_counter()
     evaluate(checkpoint, data, ball, verifier, attack, indices=timed, **few)
     each = (time.perf_counter() - started) / len(timed)
-    facts = {
+    facts: dict[str, Any] = {
         "model": checkpoint.settings["model"],
         "parameters": sum(p.numel() for p in checkpoint.model.parameters()),
         "data": data.name,

@@ -420,7 +420,9 @@ def test_help_names_every_flag_and_an_example_that_parses(robust: Cli, command: 
         assert all(flag in out for flag in action.option_strings) and action.help
     if command == "train":
         assert all(f"--{field.name}" in out for field in dataclasses.fields(Settings))
-    examples = [line.split("   ")[0].partition(" > ")[0].split() for line in out.splitlines() if line.startswith("  robust ")]
+    examples = [
+        line.split("   ")[0].partition(" > ")[0].split() for line in out.splitlines() if line.startswith("  robust ")
+    ]
     assert examples
     for words in examples:
         assert cli._parse(words[1:]).run is importlib.import_module(f"robust.commands.{words[1]}").run

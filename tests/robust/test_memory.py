@@ -36,6 +36,7 @@ def network(width: int) -> nn.Module:
     return nn.Sequential(*conv, nn.Flatten(), nn.Linear(width * 1024, 10)).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is measured as Linux reports it")
 @pytest.mark.parametrize(("method", "width", "batch"), [("ibp", 16, 200), ("crown", 4, 2)])
 def test_an_estimate_is_of_the_size_of_what_a_process_takes(method: str, width: int, batch: int) -> None:
