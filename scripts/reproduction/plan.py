@@ -13,7 +13,7 @@ from typing import Any
 from certify.verifier import VERIFIERS
 from robust.dataset import parse_dataset
 from robust.files import write_whole
-from robust.run_setup import check_texts
+from robust.run_setup import TrainingError, check_texts
 from robust.settings import Settings, load_recipe
 from scripts.reproduction.estimate import judging_seconds, training_seconds
 from scripts.reproduction.networks import missing_network, network_images
@@ -189,9 +189,13 @@ def _estimated(job: Job, device: str) -> Job:
         return job
     settings = Settings.from_dict(job.settings)
     images, test = image_counts(settings)
+    try:
+        training = training_seconds(settings, images, device)
+    except TrainingError as error:
+        raise PlanError(f"{job.row}: its steps cannot be timed ({error}); plan with --no-estimate") from None
     return dataclasses.replace(
         job,
-        training_seconds=training_seconds(settings, images, device),
+        training_seconds=training,
         judging_seconds=judging_seconds(settings, job.verifier, job.attack, job.limit or test, device),
     )
 
