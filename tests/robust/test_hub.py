@@ -142,6 +142,10 @@ def test_a_name_of_the_hub_stands_for_its_file(server: str, run: Path, tmp_path:
     there = tmp_path / "runs" / "hub" / "user" / "digits-ibp"
     assert load(there / "checkpoint.safetensors").hash() == load(run / "checkpoint.safetensors").hash()
     assert len(Report.load(there / "certify").rows) == 4
+
+
+@pytest.mark.slow
+def test_what_the_hub_does_not_have_is_one_line(server: str, tmp_path: Path) -> None:
     absent = certify("hf:user/nothing", tmp_path, HF_ENDPOINT=server)
     assert absent.returncode == 2 and len(absent.stderr.splitlines()) == 1
     assert absent.stderr.startswith("robust: user/nothing: the Hugging Face Hub gave no answer that helps")

@@ -196,6 +196,7 @@ def command(out: Path, *flags: str, processes: int = 2) -> list[str]:
     return torchrun("-m", "robust", "train", *usual, *flags, processes=processes)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_all_processes_with_one_line(tmp_path: Path) -> None:
     flags = ("--optimizer", "sgd:lr=1e30", "--objective", "natural", "--epochs", "1")
     done = subprocess.run(command(tmp_path, *flags), env=environment(), capture_output=True, text=True, timeout=300)
