@@ -102,7 +102,7 @@ def accuracies(lines: Sequence[Line], theme: plots.Theme = plots.LIGHT) -> Figur
     )
     for word, colour, values, height in levels:
         axes.barh(range(len(lines)), values, height, color=getattr(theme, colour), label=word)
-    axes.set_yticks(range(len(lines)), [f"{line.run}, {line.weights}" for line in lines])
+    axes.set_yticks(range(len(lines)), [f"{plots.shorten(line.run, 18)}, {line.weights}" for line in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.set_xlim(0, 1)
     plots.percent_axis(axes.xaxis)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from robust.page import Picture, gallery, page, table, text
+from robust.page import Picture, breakable, gallery, page, table
 
 WORDS = (
     "Best: the weights of the best epoch on held-out training images; last: those of the last epoch. Robust: the "
@@ -20,6 +20,6 @@ def comparison_page(rows: Sequence[Mapping[str, str]], pictures: Sequence[Pictur
     Args:
         rows: cells by the name of their column, the same names in every row.
     """
-    lines = table(list(rows[0]), [[text(cell) for cell in row.values()] for row in rows]) if rows else ""
+    lines = table(list(rows[0]), [[breakable(cell) for cell in row.values()] for row in rows]) if rows else ""
     sections = [f"<section>{lines}<p>{WORDS}</p></section>", gallery(pictures)]
     return page("Comparison of runs", "Robustness", "Comparison of runs", sections)

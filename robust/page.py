@@ -55,7 +55,7 @@ def _picture(picture: Picture) -> str:
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of markup; the first cell of a row names it and stays in sight where the rest has to scroll."""
-    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    head = "".join(f'<th scope="col">{word}</th>' for word in heads)
     body = "".join(
         f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>' for first, *rest in rows
     )
@@ -70,7 +70,12 @@ def listed(words: Sequence[str]) -> str:
 
 def code(value: object) -> str:
     """Markup of something that a program wrote or reads."""
-    return f"<code>{text(value)}</code>"
+    return f"<code>{breakable(value)}</code>"
+
+
+def breakable(value: object) -> str:
+    """Markup of a long name or a method's text, which may be broken behind its signs where the line is short."""
+    return "".join(f"{text(sign)}<wbr>" if sign in "_/:,=+" else text(sign) for sign in str(value))
 
 
 def text(value: object) -> str:
@@ -194,11 +199,9 @@ th:first-child {
   text-align: left; padding-left: 0; white-space: normal; min-width: 5rem;
   position: sticky; left: 0; background: var(--background);
 }
-tbody th { overflow-wrap: anywhere; max-width: 14rem; }
-td code { display: inline-block; white-space: normal; min-width: 7rem; max-width: 16rem; }
+th code, td code { white-space: normal; overflow-wrap: normal; }
 thead th { color: var(--quiet); font-weight: 600; font-size: .9rem; }
 tbody th { font-weight: 400; }
-th code { overflow-wrap: break-word; }
 dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .3rem 1.2rem; margin: 0; }
 dt { color: var(--quiet); }
 dd { margin: 0; overflow-wrap: anywhere; }
@@ -206,7 +209,6 @@ dd { margin: 0; overflow-wrap: anywhere; }
   .examples { grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr)); }
   .examples.near { grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); }
   th, td { padding: .35rem .5rem; }
-  tbody th { max-width: 7.5rem; }
   main { padding-top: 1.25rem; }
   dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: .5rem; }

@@ -239,17 +239,21 @@ def empty_figure(
 
 def legend_above(axes: Axes, theme: Theme, columns: int) -> None:
     """Names of the marks above the plot, where they cost no width and hide nothing."""
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1.0),
-        ncols=columns,
-        frameon=False,
-        labelcolor=theme.text,
-        fontsize=9.5,
-        borderpad=0.2,
-        handlelength=1.6,
-        columnspacing=1.2,
-    )
+    look: dict[str, Any] = {
+        "ncols": columns,
+        "frameon": False,
+        "labelcolor": theme.text,
+        "fontsize": 9.5,
+        "borderpad": 0.2,
+        "handlelength": 1.6,
+        "columnspacing": 1.2,
+    }
+    figure = axes.get_figure()
+    if isinstance(figure, Figure) and len(figure.axes) == 1:
+        # From the figure's edge, since long names beside the axes leave little width above them.
+        figure.legend(loc="outside upper left", **look)
+    else:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), **look)
 
 
 def percent_axis(axis: Any) -> None:

@@ -21,6 +21,7 @@ from robust.judged_run import JudgedRun
 from robust.page import (
     NORM_WORDS,
     Picture,
+    breakable,
     code,
     duration,
     gallery,
@@ -114,7 +115,7 @@ def _rates_row(run: JudgedRun) -> list[str]:
     norm = "-" if not ball else text(NORM_WORDS.get(ball["norm"], ball["norm"]))
     seconds = run.training_seconds
     return [
-        text(run.name),
+        breakable(run.name),
         *cells,
         norm,
         "-" if not ball else text(plots.radius(ball["eps"])),
@@ -132,15 +133,15 @@ def _rate(rate: Rate) -> str:
 def _differences(runs: Sequence[JudgedRun]) -> str:
     """Settings and facts of the judging that are not the same in all runs."""
     facts = [{**_judging(run), **_training(run)} for run in runs]
-    names = list(dict.fromkeys(name for one in facts for name in one))
+    words = list(dict.fromkeys(word for one in facts for word in one))
     rows = [
-        [text(name), *(code(one.get(name, "-")) for one in facts)]
-        for name in names
-        if not _alike(one.get(name) for one in facts)
+        [breakable(word), *(code(one.get(word, "-")) for one in facts)]
+        for word in words
+        if not _alike(one.get(word) for one in facts)
     ]
     if not rows:
         return section("Settings that differ", "<p>None that the runs' records name.</p>")
-    return section("Settings that differ", table(["", *(text(run.name) for run in runs)], rows))
+    return section("Settings that differ", table(["", *(breakable(run.name) for run in runs)], rows))
 
 
 def _training(run: JudgedRun) -> dict[str, str]:
@@ -248,7 +249,7 @@ def _near(run: JudgedRun, row: Row) -> str:
     if row.status == "misclassified":
         words = [f"→ {text(plots.class_name(run.report, row.predicted))}"]
     return (
-        f'<figure class="{row.status}"><b>{text(run.name)}</b><div class="pair">{picture}</div>'
+        f'<figure class="{row.status}"><b>{breakable(run.name)}</b><div class="pair">{picture}</div>'
         f"<figcaption><span>{row.status}</span><br>{'<br>'.join(words)}</figcaption></figure>"
     )
 
@@ -260,7 +261,7 @@ def _stages(runs: Sequence[JudgedRun]) -> str:
     if not names:
         return ""
     rows = [[code(name), *(_decided(stages.get(name)) for stages in found)] for name in names]
-    return section("What each stage decided", table(["stage", *(text(run.name) for run in runs)], rows))
+    return section("What each stage decided", table(["stage", *(breakable(run.name) for run in runs)], rows))
 
 
 def _decided(stage: Stage | None) -> str:
@@ -288,7 +289,7 @@ def _classes(runs: Sequence[JudgedRun]) -> str:
     filled = [run.report for run in runs if run.report.rows]
     worst = listed([plots.class_name(report, report.summary().worst_class(least)) for report in filled])
     title = f"Per class: {least.replace('_', ' ')}"
-    return section(title, table(["class", *(text(run.name) for run in runs)], rows), f"<p>Worst: {worst}.</p>")
+    return section(title, table(["class", *(breakable(run.name) for run in runs)], rows), f"<p>Worst: {worst}.</p>")
 
 
 def facts(runs: Sequence[JudgedRun]) -> list[dict[str, Any]]:

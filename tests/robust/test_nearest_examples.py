@@ -11,7 +11,7 @@ from torch import nn
 from attacks.threat import LinfBall, make_ball
 from certify.verdict import SoundnessError
 from robust.images import MemoryImages
-from robust.nearest_examples import NEAREST_FILE, NearestExamples, nearest_examples
+from robust.nearest_examples import NEAREST_FILE, NearestExamples, _pulled_back, nearest_examples
 from robust.report import Report, ReportError, Row
 
 
@@ -40,6 +40,16 @@ def test_on_a_linear_model_they_are_as_near_as_the_hyperplane(norm: str, dual: f
     for i, point in found.points.items():
         assert model(point[None]).argmax() == found.predicted[i] != images.labels[i]
         assert distance[i] <= found.distances[i] * (1 + 1e-4) and found.distances[i] <= 1.01 * distance[i] + 1e-4
+
+
+def test_a_far_point_is_pulled_back_to_the_boundary() -> None:
+    model, images, value = linear_problem()
+    x, y = images.batch(torch.arange(8))
+    direction = torch.where(value > 0, -1.0, 1.0)[:, None] * model[1].weight[1].sign()
+    pulled = _pulled_back(model, x, y, x + direction.view(8, 1, 2, 2))
+    nearest = value.abs() / (2 * model[1].weight[1].norm(p=1))
+    assert (model(pulled).argmax(1) != y).all()
+    torch.testing.assert_close((pulled - x).flatten(1).abs().amax(1), nearest, rtol=0, atol=1e-3)
 
 
 def test_one_in_the_ball_of_a_certified_image_is_a_soundness_error() -> None:
