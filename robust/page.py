@@ -75,7 +75,7 @@ def code(value: object) -> str:
 
 def breakable(value: object) -> str:
     """Markup of a long name or a method's text, which may be broken behind its signs where the line is short."""
-    return "".join(f"{text(sign)}<wbr>" if sign in "_/:,=+" else text(sign) for sign in str(value))
+    return "".join(f"{text(sign)}<wbr>" if sign in "_/:,+" else text(sign) for sign in str(value))
 
 
 def text(value: object) -> str:
@@ -200,7 +200,7 @@ th:first-child {
   position: sticky; left: 0; background: var(--background);
 }
 th code, td code { white-space: normal; overflow-wrap: normal; }
-thead th { color: var(--quiet); font-weight: 600; font-size: .9rem; }
+thead th { color: var(--quiet); font-weight: 600; font-size: .9rem; white-space: normal; }
 tbody th { font-weight: 400; }
 dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .3rem 1.2rem; margin: 0; }
 dt { color: var(--quiet); }

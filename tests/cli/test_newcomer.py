@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+from attacks.threat import LinfBall
+from robust.checkpoint import Checkpoint
 from robust.cli import main
 from tests.robust.runs import REPOSITORY
 
@@ -29,6 +31,7 @@ def blocks() -> list[tuple[str, str]]:
     return re.findall(r"```(python|bash)\n(.*?)```", section, flags=re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_readme_followed_word_for_word_ends_in_a_certified_report(tmp_path: Path) -> None:
     """Files are what their first line names, commands are run as they stand by a shell."""
     (tmp_path / "bin").mkdir()
@@ -125,6 +128,17 @@ def test_a_grey_image_among_coloured_ones_is_read_as_a_coloured_one(
     header = json.loads(Path("certify/rows.jsonl").read_text().splitlines()[0])["header"]
     assert header["model"] == "my_net.py:Net"
     assert main(asked(f"{CERTIFY} --out four", model="my_net.py:four")) == 0
+
+
+def test_code_that_only_a_checkpoint_names_is_never_run(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("evil.py").write_text("from pathlib import Path\nPath('it_ran').touch()\n" + NET)
+    Path("it_ran").unlink(missing_ok=True)
+    facts = {"model": "evil.py:Net", "input_shape": [3, 6, 6], "classes": 2, "mean": [0.0] * 3, "std": [1.0] * 3}
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(108, 2))
+    Checkpoint(net, {**facts, "data": "folder:my_images"}, LinfBall(0.1)).save(Path("evil.safetensors"))
+    assert main(["certify", "evil.safetensors", "--quiet", "--no-curve", "--device", "cpu"]) == 2
+    assert "no model named 'evil.py'" in capsys.readouterr().err and not Path("it_ran").exists()
+    assert main(asked(CERTIFY, model="evil.py:Net")) == 0 and Path("it_ran").exists(), "named by the user, it runs"
 
 
 @pytest.mark.parametrize(

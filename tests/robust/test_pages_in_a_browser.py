@@ -53,6 +53,7 @@ def test_a_page_fits_the_screen_turns_dark_and_asks_for_nothing(make: Callable[[
         assert luminance(night[width].background) < 0.2 < 0.8 < luminance(night[width].text)
 
 
+@pytest.mark.slow
 def test_screenshots_show_a_light_and_a_dark_page_with_something_on_it(tmp_path: Path) -> None:
     page = several(tmp_path)
     for width in (DESK, PHONE):
