@@ -60,27 +60,54 @@ def leaf_lp(
 
 def relaxed_minimum(program: Program, row: int) -> tuple[float, np.ndarray | None]:
     """(lower bound, values of the variables at the minimum) of a row, binaries relaxed; see `leaf_lp`."""
+    found = relaxed(program, row)
+    return found.low, found.values
+
+
+@dataclasses.dataclass(frozen=True)
+class Relaxed:
+    """Minimum of a row of a program whose binaries are relaxed.
+
+    Attributes:
+        low: rigorous lower bound; inf where the program is empty, -inf where the solver gave up.
+        values: of the variables at the minimum, `[V]`; None without one.
+        multipliers: of the constraints, `[M]`, not negative; None without a minimum.
+    """
+
+    low: float
+    values: np.ndarray | None = None
+    multipliers: np.ndarray | None = None
+
+
+def relaxed(program: Program, row: int, seconds: float = math.inf) -> Relaxed:
+    """The minimum of a row, binaries relaxed; the solver gives up after `seconds`."""
     cost = program.rows[[row]].toarray()[0]
-    found = _solve(program, cost)
+    found = _solve(program, cost, seconds)
     if found.status == INFEASIBLE:
         excess = _elastic(program)
         slack = np.append(np.zeros(len(program.lb)), 1.0)
-        solution = _solve(excess, slack)
+        solution = _solve(excess, slack, seconds)
         if solution.status != OPTIMAL:
-            return -np.inf, None
-        if _dual_bound(excess, slack, solution) > 0:
-            return np.inf, None
+            return Relaxed(-np.inf)
+        least = _dual_bound(excess, slack, solution)
+        if math.isfinite(least) and least > 0:
+            return Relaxed(np.inf)
         # Feasible as far as rounding can tell: a little more room keeps the bound valid and makes it computable.
         program = dataclasses.replace(program, limit=program.limit + solution.fun + RELAXATION)
-        found = _solve(program, cost)
+        found = _solve(program, cost, seconds)
     if found.status != OPTIMAL:
-        return -np.inf, None
-    return _dual_bound(program, cost, found) + float(program.constants[row]), found.x
+        return Relaxed(-np.inf)
+    low = _dual_bound(program, cost, found) + float(program.constants[row])
+    if not math.isfinite(low):
+        return Relaxed(-np.inf)
+    return Relaxed(low, found.x, np.maximum(-found.ineqlin.marginals, 0.0))
 
 
-def _solve(program: Program, cost: np.ndarray) -> OptimizeResult:
+def _solve(program: Program, cost: np.ndarray, seconds: float) -> OptimizeResult:
     bounds = np.stack([program.lb, program.ub], 1)
-    return linprog(cost, A_ub=program.matrix, b_ub=program.limit, bounds=bounds, method="highs")
+    # A limit of 0 would be none.
+    limits = {"time_limit": max(seconds, 1e-3)} if seconds < math.inf else {}
+    return linprog(cost, A_ub=program.matrix, b_ub=program.limit, bounds=bounds, method="highs", options=limits)
 
 
 def _dual_bound(program: Program, cost: np.ndarray, solution: OptimizeResult) -> float:

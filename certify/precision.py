@@ -44,9 +44,14 @@ def proves(low: Tensor, scale: Tensor, size: Tensor) -> Tensor:
     return torch.isfinite(low) & (low > 0) & (low > scale * of_scale) & (low > size * of_size)
 
 
-@torch.no_grad()
 def rounding_size(snapshot: Snapshot, region: Region) -> Tensor:
     """Root of the sum of the squared terms on all paths from the input to each output: `[B, R]`, not negative."""
+    return rounding_sizes(snapshot, region)[-1]
+
+
+@torch.no_grad()
+def rounding_sizes(snapshot: Snapshot, region: Region) -> list[Tensor]:
+    """The same for the value of every node, each `[B, *shape]`."""
     boxes: list[Interval] = [region.interval()]
     for node in snapshot.nodes[1:]:
         boxes.append(node.op.interval(*(boxes[i] for i in node.inputs)))
@@ -59,11 +64,11 @@ def rounding_at_points(snapshot: Snapshot, x: Tensor) -> Tensor:
     values = [x]
     for node in snapshot.nodes[1:]:
         values.append(node.op.forward(*(values[i] for i in node.inputs)))
-    return _summed(snapshot, [value.abs() for value in values])
+    return _summed(snapshot, [value.abs() for value in values])[-1]
 
 
-def _summed(snapshot: Snapshot, magnitudes: list[Tensor]) -> Tensor:
-    """The sums of `rounding_size` from the greatest absolute value of every node."""
+def _summed(snapshot: Snapshot, magnitudes: list[Tensor]) -> list[Tensor]:
+    """The sums of `rounding_sizes` from the greatest absolute value of every node."""
     sizes = [magnitudes[0]]
     for node in snapshot.nodes[1:]:
         reached = [sizes[i] for i in node.inputs]
@@ -73,7 +78,7 @@ def _summed(snapshot: Snapshot, magnitudes: list[Tensor]) -> Tensor:
             sizes.append(torch.hypot(_spread(node.op, terms), _constant(node.op, inputs)))
         else:
             sizes.append(node.op.carried(*reached))
-    return sizes[-1]
+    return sizes
 
 
 def _magnitude(box: Interval) -> Tensor:

@@ -111,14 +111,13 @@ class Outcome:
     """The best bounds of an ascent, and where it ended.
 
     Attributes:
-        low, scale: best bound, and the size of the terms that it adds up, `[D]`.
+        low: best bound, `[D]`.
         point: the last dual variables of each column.
         A: last coefficients after activation, `[N, D]`; z: last relaxed values before it, `[N, D]`.
         u: last minimisers of the columns that were not finished, `[M, at most D]`.
     """
 
     low: Tensor
-    scale: Tensor
     point: Point
     A: Tensor
     z: Tensor
@@ -169,7 +168,7 @@ def ascend(
         enough: a column whose bound exceeds this is finished.
     """
     count = start.alpha.shape[1]
-    low, scale = start.alpha.new_full((count,), -math.inf), start.alpha.new_zeros(count)
+    low = start.alpha.new_full((count,), -math.inf)
     live = torch.arange(count, device=low.device)
     alpha = Adam(start.alpha.clone())
     beta = None if start.beta is None else Adam(start.beta.clone())
@@ -187,11 +186,7 @@ def ascend(
         dual = backward(core, lines, task.output, factor, pre)
         u = minimiser(core, dual.x)
         z, values = forward(core, lines, dual.A, u)
-        better = dual.low > low[live]
-        low[live], scale[live] = (
-            torch.where(better, dual.low, low[live]),
-            torch.where(better, dual.scale, scale[live]),
-        )
+        low[live] = torch.where(dual.low > low[live], dual.low, low[live])
         finished = low[live] > enough
         done = int(finished.sum())
         last = number > iterations or done == len(live)
@@ -223,7 +218,7 @@ def ascend(
     order = torch.cat([columns for columns, *_ in left]).argsort()
     A, z = (torch.cat([part[i] for part in left], 1)[:, order] for i in (1, 2))  # type: ignore[misc]
     point = Point(*(_joined([getattr(part[3], f.name) for part in left], order) for f in fields(Point)))  # type: ignore[arg-type]
-    return Outcome(low, scale, point, A, z, u)
+    return Outcome(low, point, A, z, u)
 
 
 def _joined(parts: list[Tensor | None], order: Tensor) -> Tensor | None:

@@ -19,7 +19,7 @@ class Domains:
     Attributes:
         lb, ub: boxes of the unstable neurons, `[N, D]`.
         sign: +1 where z >= 0 was split off, -1 where z <= 0, else 0; `[N, D]`.
-        low: bound of the property, `[D]`; scale: sizes of its terms.
+        low: bound of the property, `[D]`.
         alpha, beta: dual variables of that bound, `[N, D]`.
         A, z: its coefficients after activation, and its relaxed values before; `[N, D]`.
     """
@@ -28,7 +28,6 @@ class Domains:
     ub: Tensor
     sign: Tensor
     low: Tensor
-    scale: Tensor
     alpha: Tensor
     beta: Tensor
     A: Tensor
@@ -73,14 +72,11 @@ def bounded(core: Core, domains: Domains, output: Affine, iterations: int, enoug
     task = Task(output, sign=domains.sign)
     found = ascend(core, domains.relaxation(core), task, Point(domains.alpha, domains.beta), iterations, enough=enough)
     assert found.point.beta is not None
-    better = found.low >= domains.low
-    pick = lambda new, old: torch.where(better, new, old)  # noqa: E731
     result = Domains(
         domains.lb,
         domains.ub,
         domains.sign,
-        pick(found.low, domains.low),
-        pick(found.scale, domains.scale),
+        torch.where(found.low >= domains.low, found.low, domains.low),
         found.point.alpha,
         found.point.beta,
         found.A,

@@ -6,6 +6,10 @@ For slopes alpha of the relaxation's lower lines and multipliers beta >= 0 of sp
 
 which one backward pass through the core computes. By the envelope theorem the gradient is read off the minimiser of
 that function: one forward pass along the lines that the backward pass chose. Nothing is recorded for autograd.
+
+The bound is lowered by what rounding can have done to it (`certify.precision`): a share of the sizes of its terms, and
+the slack of the values before activation that `pre` adds up. The share of the output itself is for the caller to take
+off: see `certify.bab.search`.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor
 
 from certify.bab.unstable_core import Affine, Core
+from certify.precision import ALLOWANCES
 
 
 @dataclass(frozen=True)
@@ -33,17 +38,15 @@ class Dual:
     """A dual bound and the linear function of u that gives it.
 
     Attributes:
-        low: lower bound, `[D]`.
+        low: lower bound that rounding cannot have raised, `[D]`.
         A: coefficients of the values after activation, `[N, D]`.
         x: coefficients of u, `[M, D]`; constant: `[D]`.
-        scale: sum of the sizes of the terms that were added up, `[D]`.
     """
 
     low: Tensor
     A: Tensor
     x: Tensor
     constant: Tensor
-    scale: Tensor
 
 
 def backward(
@@ -79,7 +82,10 @@ def backward(
     x = core.input_weight.transposed_times(P[: core.input_weight.shape[0]]).addmm_(output.x, multiplier.unsqueeze(0))
     low, size = minimum(core, x)
     scale = moved.abs() + intercepts.abs() + (core.bias.abs().T @ P.abs())[0] + size
-    return Dual(low + constant, A, x, constant, scale)
+    allowance = scale * ALLOWANCES[scale.dtype][0]
+    if pre is not None:
+        allowance = allowance + (core.slack.T @ pre.abs())[0]
+    return Dual(low + constant - allowance, A, x, constant)
 
 
 def minimum(core: Core, x: Tensor) -> tuple[Tensor, Tensor]:

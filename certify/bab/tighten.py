@@ -49,7 +49,6 @@ def tighten(
     node: Domains,
     output: Affine,
     iterations: int,
-    allowance: float,
     memory: Memory,
     late: Callable[[], bool] = lambda: False,
     rows: int = 512,
@@ -60,7 +59,6 @@ def tighten(
         node: one domain, with the dual variables of its bound; the layers above a neuron use them.
         output: the property.
         iterations: ascent steps per neuron.
-        allowance: share of a bound's terms that rounding may have cost it; boxes are widened by it.
         memory: of the domain's last tightening or of its parent's; empty at first.
         late: whether to leave the rest as it is.
         rows: bounds computed at a time.
@@ -68,7 +66,8 @@ def tighten(
     lb, ub, chosen = node.lb.clone(), node.ub.clone(), loose_neurons(core, node)
     remembered: Memory = {}
     for number, layer in enumerate(core.layers):
-        neurons = chosen[layer.part].nonzero().flatten()
+        part = layer.part
+        neurons = chosen[part].nonzero().flatten()
         if not len(neurons) or late():
             continue
         above = _above(core, Relaxation.on(core, lb, ub), node, output, number)
@@ -78,16 +77,20 @@ def tighten(
         assert start.multiplier is not None
         last = Point(start.alpha.clone(), None, start.multiplier.clone())
         for some in neurons.split(max(1, rows // 2)):
+            if late():
+                break
             columns = torch.cat([some, some + len(layer.index)])
             found = _bound(lower, relaxation, layer, columns, above, start, iterations)
-            bounds = found.low - allowance * found.scale
-            which = layer.part.start + some
-            lb[which, 0] = torch.maximum(lb[which, 0], bounds[: len(some)])
-            ub[which, 0] = torch.minimum(ub[which, 0], -bounds[len(some) :])
+            which = part.start + some
+            lb[which, 0] = torch.maximum(lb[which, 0], found.low[: len(some)])
+            ub[which, 0] = torch.minimum(ub[which, 0], -found.low[len(some) :])
             assert last.multiplier is not None and found.point.multiplier is not None
             last.alpha[:, columns], last.multiplier[columns] = found.point.alpha, found.point.multiplier
-        if bool((lb > ub).any()):
+        # The end that was not tightened is CROWN's, which carries no allowance: crossed ends prove nothing by less.
+        if bool((lb[part] - ub[part] > core.slack[part]).any()):
             return None
+        crossed = lb[part] > ub[part]
+        lb[part], ub[part] = (torch.where(crossed, old[part], new[part]) for old, new in ((node.lb, lb), (node.ub, ub)))
         remembered[number] = last
     return Tightened(lb, ub, remembered)
 

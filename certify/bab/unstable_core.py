@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from certify.bounds.crown import ROW_BUDGET, Boxes
-from certify.graph import Snapshot
+from certify.graph import Node, Snapshot
 from certify.op import Activation, Box, Lines, UnsupportedOp
 from certify.ops.affine import Linear
 from certify.ops.relu import ReLU
+from certify.precision import ALLOWANCES, rounding_sizes
 from certify.region import Region
 
 SPARSE_BELOW = 0.15
@@ -97,6 +98,7 @@ class Core:
         region: of the input.
         input_weight: `[n, M]` of the first n neurons, which alone read the input itself; bias: `[N, 1]`.
         lb, ub: bounds of z, `[N, 1]`.
+        slack: by how much the z of the network may differ from those that this core computes, `[N, 1]`.
         slope: slope of each neuron where its input is negative (0 for ReLU), `[N, 1]`.
         fixed: lines of the neurons that are no (leaky) ReLUs and cannot be split, each `[N, 1]`; None where all can.
         splittable: bool `[N, 1]`.
@@ -109,6 +111,7 @@ class Core:
     bias: Tensor
     lb: Tensor
     ub: Tensor
+    slack: Tensor
     slope: Tensor
     fixed: Lines | None
     splittable: Tensor
@@ -131,7 +134,7 @@ class Core:
             input_weight=self.input_weight.top(min(end, self.input_weight.shape[0])),
             fixed=fixed,
             outputs=(),
-            **{name: getattr(self, name)[:end] for name in ("bias", "lb", "ub", "slope", "splittable")},
+            **{name: getattr(self, name)[:end] for name in ("bias", "lb", "ub", "slack", "slope", "splittable")},
         )
 
     def evaluate(self, u: Tensor) -> Tensor:
@@ -158,6 +161,11 @@ class Core:
         return moved.flatten(1).T.contiguous()
 
 
+def obstacle(snapshot: Snapshot) -> Node | None:
+    """The first node whose op can neither be folded nor has neurons to split; None where branch and bound applies."""
+    return next((n for n in snapshot.nodes[1:] if not (n.op.is_linear or isinstance(n.op, Activation))), None)
+
+
 def core_of(snapshot: Snapshot, region: Region, boxes: Boxes) -> Core:
     """The core of a network that ends in its specification.
 
@@ -169,21 +177,22 @@ def core_of(snapshot: Snapshot, region: Region, boxes: Boxes) -> Core:
     Raises:
         UnsupportedOp: a nonlinear op that is no function of single numbers.
     """
+    if (node := obstacle(snapshot)) is not None:
+        raise UnsupportedOp(
+            f"node {node.name!r}: branch and bound splits elementwise activations and MaxPool2d; "
+            f"it has no rule for {type(node.op).__name__}"
+        )
     builder = _Builder(snapshot, region, boxes)
     for place, node in enumerate(snapshot.nodes[1:], 1):
         if isinstance(node.op, Activation):
             builder.add(place)
-        elif not node.op.is_linear:
-            raise UnsupportedOp(
-                f"node {node.name!r}: branch and bound splits elementwise activations; "
-                f"it has no rule for {type(node.op).__name__}"
-            )
     return builder.core()
 
 
 class _Builder:
     def __init__(self, snapshot: Snapshot, region: Region, boxes: Boxes) -> None:
         self.snapshot, self.region, self.boxes = snapshot, region, boxes
+        self.sizes = rounding_sizes(snapshot, region)
         self.inputs = region.center[0].numel()
         self.layers: dict[int, Layer] = {}
         self.through: dict[int, Tensor] = {}
@@ -279,7 +288,7 @@ class _Builder:
         ]
         layers = tuple(self.layers.values())
         ends = [self.ends(layer) for layer in layers]
-        lb, ub, slope, splittable = (self.column([e[i] for e in ends]) for i in range(4))
+        lb, ub, slack, slope, splittable = (self.column([e[i] for e in ends]) for i in range(5))
         splittable = splittable.bool()
         fixed = None
         if not bool(splittable.all()):
@@ -292,7 +301,17 @@ class _Builder:
         reading = input_weight.count_nonzero(1).nonzero().flatten()
         input_weight = input_weight[: int(reading[-1]) + 1 if len(reading) else 0]
         return Core(
-            self.region, layers, Matrix(input_weight), input_bias, lb, ub, slope, fixed, splittable, tuple(outputs)
+            self.region,
+            layers,
+            Matrix(input_weight),
+            input_bias,
+            lb,
+            ub,
+            slack,
+            slope,
+            fixed,
+            splittable,
+            tuple(outputs),
         )
 
     def unit_input(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,12 +326,14 @@ class _Builder:
         return torch.cat([*parts, self.region.center.new_zeros(0)]).unsqueeze(1)
 
     def ends(self, layer: Layer) -> tuple[Tensor, ...]:
-        """(lb, ub, slope, splittable) of a layer's neurons, `[n]` each."""
-        box = self.boxes[self.snapshot.nodes[layer.place].inputs[0]]
+        """(lb, ub, slack, slope, splittable) of a layer's neurons, `[n]` each."""
+        (source,) = self.snapshot.nodes[layer.place].inputs
+        box = self.boxes[source]
         lb, ub = box.lb.flatten()[layer.index], box.ub.flatten()[layer.index]
+        slack = self.sizes[source].flatten()[layer.index] * ALLOWANCES[lb.dtype][1]
         relu = isinstance(layer.op, ReLU)
         slope = layer.op.negative_slope if isinstance(layer.op, ReLU) else 0.0
-        return lb, ub, torch.full_like(lb, slope), torch.full_like(lb, float(relu))
+        return lb, ub, slack, torch.full_like(lb, slope), torch.full_like(lb, float(relu))
 
     def lines(self, layer: Layer) -> list[Tensor]:
         box = self.boxes[self.snapshot.nodes[layer.place].inputs[0]]

@@ -68,7 +68,7 @@ def whole(core: Core, count: int = 1) -> Domains:
     none = core.lb.new_full((count,), -torch.inf)
     lb, ub = core.lb.expand(-1, count).clone(), core.ub.expand(-1, count).clone()
     alpha = Relaxation.on(core, lb, ub).default()
-    return Domains(lb, ub, zeros, none, none, alpha, zeros.clone(), zeros.clone(), zeros.clone())
+    return Domains(lb, ub, zeros, none, alpha, zeros.clone(), zeros.clone(), zeros.clone())
 
 
 def random_domains(core: Core, count: int, generator: torch.Generator, share: float = 0.4) -> Domains:
@@ -98,7 +98,6 @@ def evaluated(core: Core, domains: Domains, output: Affine, iterations: int = 0)
     return replace(
         domains,
         low=found.low,
-        scale=found.scale,
         alpha=found.point.alpha,
         beta=found.point.beta,
         A=found.A,

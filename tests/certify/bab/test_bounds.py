@@ -12,9 +12,9 @@ import torch
 from certify.bab.ascent import Point, Task, ascend
 from certify.bab.branching import BRANCHINGS
 from certify.bab.dual import backward, forward, minimiser
-from certify.bab.leaf import solve_leaf
 from certify.bab.search import Plan, Search
 from certify.bab.tighten import tighten
+from certify.bab.triangle import Triangle
 from certify.branching.babsr import BaBSR
 from certify.branching.kfsb import KFSB
 from tests.certify.bab.cores import before, evaluated, inside, random_core, random_domains, units, whole
@@ -52,7 +52,7 @@ def test_a_bound_is_the_value_along_the_lines_it_chose(seed: int) -> None:
         dual = backward(core, lines, output, one)
         u = minimiser(core, dual.x)
         _, a = forward(core, lines, dual.A, u)
-        torch.testing.assert_close(output(u, a), dual.low, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(output(u, a), dual.low, rtol=1e-7, atol=1e-7)  # less its allowance
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -97,11 +97,11 @@ def test_tightened_boxes_hold_every_possible_counterexample(seed: int) -> None:
             domains = random_domains(core, 1, generator, share=0.0 if number == 0 else 0.15)
             node = evaluated(core, domains, moved, 10)
             here = bad & inside(node, z)[0]
-            found = tighten(core, node, moved, 10, 1e-9, {})
+            found = tighten(core, node, moved, 10, {})
             if found is None:
                 assert not here.any()
                 continue
-            again = tighten(core, replace(node, lb=found.lb, ub=found.ub), moved, 5, 1e-9, found.memory)
+            again = tighten(core, replace(node, lb=found.lb, ub=found.ub), moved, 5, found.memory)
             for boxes in (found, again):
                 if boxes is None:
                     assert not here.any()
@@ -110,12 +110,21 @@ def test_tightened_boxes_hold_every_possible_counterexample(seed: int) -> None:
                     assert ((some >= boxes.lb - TOLERANCE) & (some <= boxes.ub + TOLERANCE)).all()
 
 
-def test_tightening_widens_by_the_allowance() -> None:
+def test_tightening_widens_by_the_slack() -> None:
     core, _ = random_core(1)
     node = evaluated(core, whole(core), core.outputs[0], 5)
-    exact, wide = (tighten(core, node, core.outputs[0], 5, allowance, {}) for allowance in (0.0, 1e-3))
+    found = [tighten(replace(core, slack=core.slack * share), node, core.outputs[0], 5, {}) for share in (0.0, 1e9)]
+    exact, wide = found
     assert exact is not None and wide is not None
     assert (wide.ub - wide.lb).sum() > (exact.ub - exact.lb).sum()
+
+
+def test_the_multipliers_of_splits_pay_for_the_slack() -> None:
+    core, _ = random_core(1)
+    domains = random_domains(core, 10, torch.Generator().manual_seed(0))
+    exact, wide = (replace(core, slack=torch.full_like(core.slack, slack)) for slack in (0.0, 0.5))
+    low = [evaluated(some, domains, core.outputs[0]).low for some in (exact, wide)]
+    torch.testing.assert_close(low[0] - low[1], 0.5 * domains.beta.sum(0))
 
 
 @pytest.mark.parametrize("seed", FULL)
@@ -173,7 +182,8 @@ def test_the_least_leaf_is_the_least_point(seed: int) -> None:
         sign = torch.where(unstable, positive.double() * 2 - 1, 0.0).unsqueeze(1)
         root = whole(core)
         lb, ub = torch.where(sign > 0, 0.0, root.lb), torch.where(sign < 0, 0.0, root.ub)
-        low, point = solve_leaf(core, replace(root, sign=sign, lb=lb, ub=ub), output)
+        found = Triangle(core, output).minimum(*(end[:, 0].numpy() for end in (lb, ub)))
+        low, point = found.low, found.u
         mine = which == which[number]
         assert low <= values[mine].min() + TOLERANCE
         assert point is not None
@@ -194,7 +204,7 @@ def test_a_leaf_without_points_has_an_infinite_minimum() -> None:
             torch.where(sign > 0, root.lb.clamp(min=0), root.lb),
             torch.where(sign < 0, root.ub.clamp(max=0), root.ub),
         )
-        low, _ = solve_leaf(core, replace(root, sign=sign, lb=lb, ub=ub), core.outputs[0])
+        low = Triangle(core, core.outputs[0]).minimum(*(end[:, 0].numpy() for end in (lb, ub))).low
         empty += low == math.inf
         assert low < math.inf or tuple(positive.tolist()) not in seen
     assert empty > 0

@@ -12,6 +12,7 @@ from certify.bab.dual import backward, minimiser, minimum
 from certify.bab.unstable_core import core_of
 from certify.bounds.crown import crown, intermediate_boxes
 from certify.op import UnsupportedOp
+from robust.min_max import MinMax
 from tests.certify.bab.cores import cored, ended, random_core, small_core, units
 from tests.certify.bab.problems import KINDS
 from tests.certify.networks import KINDS as BLOCKS
@@ -88,9 +89,9 @@ def test_a_prefix_is_the_core_of_the_first_layers() -> None:
 def test_ops_that_are_no_elementwise_activations_are_refused_in_one_line() -> None:
     torch.manual_seed(0)
     snapshot, region = ended(
-        nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2, 3)),
+        nn.Sequential(nn.Conv2d(1, 2, 3), MinMax(), nn.Flatten(), nn.Linear(8, 3)),
         torch.rand(1, 1, 4, 4),
         LinfBall(0.1),
     )
-    with pytest.raises(UnsupportedOp, match="branch and bound splits elementwise activations; it has no rule for Max"):
+    with pytest.raises(UnsupportedOp, match="elementwise activations and MaxPool2d; it has no rule for MinMax"):
         core_of(snapshot, region, intermediate_boxes(snapshot, region))
