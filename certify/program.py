@@ -166,7 +166,7 @@ class _Builder:
         if isinstance(node.op, ReLU):
             return self._relu(inputs[0], lb, ub, self._signs(place, len(lb)), node.op.negative_slope)
         if isinstance(node.op, MaxPool2d):
-            return self._max_pool(inputs[0], lb, ub, _windows(node.op))
+            return self._max_pool(inputs[0], lb, ub, windows(node.op))
         raise UnsupportedOp(
             f"node {node.name!r}: {type(node.op).__name__} is not piecewise linear; "
             "linear programs know affine layers, ReLU, LeakyReLU and MaxPool2d"
@@ -278,7 +278,7 @@ def _ends(box: AnyBox) -> tuple[np.ndarray, np.ndarray]:
     return low.cpu().numpy(), high.cpu().numpy()
 
 
-def _windows(op: MaxPool2d) -> np.ndarray:
+def windows(op: MaxPool2d) -> np.ndarray:
     """Positions in the flat input of each output's window, `[C * L, k]`, -1 outside the image."""
     places = op._places(torch.device("cpu")).T.numpy()
     channels, height, width = op.in_shape
