@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from attacks.attack import Attack
 from attacks.threat import Ball
+from certify.bab.max_pool import splits
 from certify.bounds.crown import Boxes
 from certify.graph import CaptureError, Snapshot, capture
-from certify.op import Activation, Box
+from certify.op import Box
 from certify.precision import ALLOWANCES, Precision, exact_arithmetic, proves, rounding_size
 from certify.region import Region
 from certify.spec import margin_spec
@@ -158,19 +159,26 @@ class Docket:
                     case.verdict = Verdict("certified", margin, method, case.seconds, precision=case.precision)
 
     def falsify(self, method: str, attack: Attack, batch_size: int) -> None:
-        """Try the points that an attack proposes; an example with a witness among them is falsified by `method`."""
+        """Try the points that an attack proposes; an example with a witness among them is falsified by `method`.
+
+        An attack that is still at work when the time of its examples is up has proposed nothing.
+        """
         for index in _chunks(self.open(), batch_size):
             x, y, ball = self._select(index)
             with self._timed(index):
-                with exact_arithmetic():
-                    points = attack(self.model, x, y, ball, index=self.index[index])
+                try:
+                    with exact_arithmetic(), _until(self.model, self._deadline(index)):
+                        points = attack(self.model, x, y, ball, index=self.index[index])
+                except _TimeUp:
+                    continue
                 wrong = (logits_of(self.model, points).argmax(1) != y).tolist()
+            # As they are: an attack whose points leave the ball is at fault, and its points are no witnesses.
             for i, point, suspected in zip(index, points, wrong, strict=True):
                 if suspected:
                     self._falsify(i, point, method)
 
     def splits(self) -> bool:
-        """Whether the network's nonlinear ops are elementwise activations, as branch and bound needs."""
+        """Whether branch and bound can split the network's nonlinear ops."""
         network = self._networks.get(self.x.dtype)
         return network is None or splits(network)
 
@@ -193,7 +201,8 @@ class Docket:
                 if dtype is not self.x.dtype:
                     case.precision = "float64"
                 if found.witness is not None:
-                    self._falsify(i, found.witness, method)
+                    (x, _, ball) = self._select([i])
+                    self._falsify(i, ball.project(found.witness.to(x).unsqueeze(0), x)[0], method)
                 # A witness that the model's own forward pass does not confirm is a doubt, too.
                 if case.verdict is not None or not (found.doubtful or found.witness is not None):
                     break
@@ -212,7 +221,7 @@ class Docket:
         assert network is not None
         spec = margin_spec(y, self.classes, dtype)[:, targets.to(x.device)]
         snapshot, region = network.with_spec(spec), Region.around(x.to(dtype), ball)
-        deadline = time.perf_counter() + self.timeout - case.seconds
+        deadline = self._deadline([i])
         boxes = case.boxes if dtype is x.dtype else None
         return Problem(snapshot, region, rounding_size(snapshot, region)[0], case.best[targets], boxes, deadline)
 
@@ -233,7 +242,6 @@ class Docket:
 
     def _falsify(self, i: int, point: Tensor, method: str) -> None:
         case, (x, y, ball) = self.cases[i], self._select([i])
-        point = ball.project(point.to(x).unsqueeze(0), x)[0]
         # Among its batch a point may look misclassified by a rounding error; alone it must be.
         if refutes(self.model, point, x[0], y[0], ball):
             margin = float(case.best.min())
@@ -284,7 +292,7 @@ class Docket:
         rows = targets.to(x.device).unsqueeze(2).expand(-1, -1, self.classes)
         snapshot, region = network.with_spec(spec.gather(1, rows)), Region.around(x.to(dtype), ball)
         size, counts = arithmetic(snapshot, region), wanted.to(x.device)
-        deadline = time.perf_counter() + sum(self.timeout - self.cases[i].seconds for i in index)
+        deadline = self._deadline(index)
 
         def enough(low: Tensor, scale: Tensor) -> bool:
             return time.perf_counter() >= deadline or bool((proves(low, scale, size) | ~counts).all())
@@ -301,6 +309,10 @@ class Docket:
         values = torch.where(low.isnan() | ~counts, -math.inf, low.double()).cpu()
         full = torch.full(asked.shape, -math.inf, dtype=torch.float64).scatter_reduce(1, targets, values, "amax")
         return full, torch.zeros_like(asked, dtype=torch.uint8).scatter_reduce(1, targets, proven.byte(), "amax").bool()
+
+    def _deadline(self, index: list[int]) -> float:
+        """Reading of time.perf_counter() at which the time of some examples, taken together, is up."""
+        return time.perf_counter() + sum(self.timeout - self.cases[i].seconds for i in index)
 
     def _select(self, index: list[int]) -> tuple[Tensor, Tensor, Ball]:
         which, ball = torch.tensor(index, device=self.x.device), self.ball
@@ -324,9 +336,23 @@ class Docket:
             self.cases[i].seconds += seconds
 
 
-def splits(network: Snapshot) -> bool:
-    """Whether the nonlinear ops of a network are elementwise activations, as branch and bound needs."""
-    return all(n.op.is_linear or isinstance(n.op, Activation) for n in network.nodes[1:])
+class _TimeUp(Exception):
+    """Raised out of an attack."""
+
+
+@contextmanager
+def _until(model: nn.Module, deadline: float) -> Iterator[None]:
+    """Let the model's forward passes raise _TimeUp from the deadline on: attacks look at no clock."""
+
+    def look(*_: object) -> None:
+        if time.perf_counter() >= deadline:
+            raise _TimeUp
+
+    hook = model.register_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def check_problem(model: nn.Module, x: Tensor, y: Tensor, ball: Ball, norms: Sequence[str] = NORMS) -> None:

@@ -1,4 +1,4 @@
-"""Networks with an adversarial point that sampling and attacks miss: nobody may certify them.
+"""Networks with an adversarial point that sampling and attacks miss: nobody certifies them, branch and bound finds it.
 
 A ReLU bump of height 4 is added to a wrong logit where three projections of the input are all within 1e-3 of their
 values at a hidden point of the ball. Without the bump the network is robust, and is certified.
@@ -24,10 +24,9 @@ METHODS = (
     "crown_ibp",
     "crown",
     "alpha_crown:iterations=3",
-    "bab:timeout=0.2",
     "cascade:last=none,alpha=(alpha_crown:iterations=2)",
-    "cascade:long_attack=(margin_pgd:steps=10),timeout=0.3",
 )
+COMPLETE = ("bab:timeout=20", "cascade:long_attack=(margin_pgd:steps=10),timeout=20")
 BALL = LinfBall(0.1)
 
 
@@ -74,6 +73,10 @@ def survives(seed: int) -> bool:
     for method in METHODS:
         (verdict,) = VERIFIERS.parse(method)(model, x, y, BALL)
         assert verdict.status != "certified", f"seed {seed}: {method} certifies a network with a counterexample"
+    for method in COMPLETE:
+        (verdict,) = VERIFIERS.parse(method)(model, x, y, BALL)
+        assert verdict.status == "falsified", f"seed {seed}: {method} misses the counterexample"
+        check_witness(model, verdict.witness, x[0], y[0], BALL)
     with torch.no_grad():
         many = BALL.sample(x.expand(2000, *SHAPE).contiguous(), torch.Generator().manual_seed(seed + 10_000))
         missed = bool((model(many).argmax(1) == 0).all())
@@ -84,10 +87,10 @@ def survives(seed: int) -> bool:
 
 
 def test_nobody_certifies_a_network_with_a_hidden_counterexample() -> None:
-    missed = [survives(seed) for seed in range(50)]
-    assert sum(missed) >= 48, "the counterexamples are not hidden: attacks find them"
+    missed = [survives(seed) for seed in range(20)]
+    assert sum(missed) >= 19, "the counterexamples are not hidden: attacks find them"
 
 
 @pytest.mark.slow
 def test_nobody_certifies_any_of_many_networks_with_a_hidden_counterexample() -> None:
-    assert sum(survives(seed) for seed in range(50, 250)) >= 190
+    assert sum(survives(seed) for seed in range(20, 140)) >= 114
