@@ -22,8 +22,9 @@ from attacks.losses import targeted_margin
 from attacks.mode import attack_mode
 from attacks.region import BoxRegion
 from attacks.threat import LinfBall
+from certify.bab.max_pool import append_maximum, splits
 from certify.bounds.crown import intermediate_boxes
-from certify.docket import BoundMethod, Problem, Request, splits
+from certify.docket import BoundMethod, Problem, Request
 from certify.formats.onnx import FormatError, OnnxModel
 from certify.formats.vnnlib import Disjunct, Property
 from certify.graph import Node, Snapshot, capture
@@ -81,7 +82,12 @@ def answer(model: OnnxModel, prop: Property, timeout: float = math.inf) -> Answe
     for group in groups:
         if (found := _confirmed(model, prop, _search(model, group, SHORT, 1, deadline))) is not None:
             return found
-    left = [some for group in groups if (some := _unproven(snapshot, model, group, deadline))]
+    left = []
+    for group in groups:
+        some, points = _unproven(snapshot, model, group, deadline)
+        if (found := _confirmed(model, prop, iter(points))) is not None:
+            return found
+        left += [some] if some else []
     if not left:
         return Answer("unsat")
     for group in left:
@@ -105,11 +111,27 @@ class Rows(NamedTuple):
         return Rows(self.matrix[which], self.limit[which], self.owner[which])
 
 
-def prove_rows(snapshot: Snapshot, region: Region, rows: Rows, deadline: float) -> tuple[Tensor, Tensor]:
-    """(lower bounds of `matrix y - limit`, whether the row is proven positive), each `[R]`, over one example's region.
+class Proofs(NamedTuple):
+    """What is shown about rows over a region.
 
-    A disjunct with a proven row is impossible, and its other rows are not bounded further. Every method that proves
-    properties of this form goes here.
+    Attributes:
+        low: lower bounds of `matrix y - limit`; proven: rows that are positive everywhere; each `[R]`.
+        impossible: disjuncts of which no point meets all rows: those with a proven row, and those where everywhere
+            some row, not always the same one, is positive.
+        points: inputs `[*shape]` that may meet all rows of a disjunct.
+    """
+
+    low: Tensor
+    proven: Tensor
+    impossible: set[int]
+    points: list[Tensor]
+
+
+def prove_rows(snapshot: Snapshot, region: Region, rows: Rows, deadline: float) -> Proofs:
+    """Prove disjuncts impossible over one example's region, by one of their rows where possible.
+
+    The other rows of such a disjunct are not bounded further. Every method that proves properties of this form goes
+    here.
 
     Args:
         snapshot: the network, in float64.
@@ -135,28 +157,38 @@ def prove_rows(snapshot: Snapshot, region: Region, rows: Rows, deadline: float) 
             low, scale = method(ended, region, Request(torch.ones_like(size, dtype=torch.bool), enough))
         best[asked] = torch.maximum(best[asked], torch.where(low[0].isnan(), -math.inf, low[0]))
         proven[asked] |= proves(low, scale, size)[0]
+    proofs = Proofs(best, proven, set(rows.owner[proven].tolist()), [])
     if splits(snapshot):
-        _branch(snapshot, region, rows, best, proven, deadline)
-    return best, proven
+        _branch(snapshot, region, rows, proofs, deadline)
+    return proofs
 
 
-def _branch(snapshot: Snapshot, region: Region, rows: Rows, best: Tensor, proven: Tensor, deadline: float) -> None:
-    """Branch and bound for the rows of open disjuncts, the most promising first; updates `best` and `proven`."""
-    method, boxes = BranchAndBound(), None
+def _branch(snapshot: Snapshot, region: Region, rows: Rows, proofs: Proofs, deadline: float) -> None:
+    """Branch and bound for open disjuncts, the most promising first; updates the proofs."""
+    method, boxes, tried = BranchAndBound(), None, set(proofs.impossible)
     # Half of what is left of the time: the long search for a counterexample comes after.
     deadline = min(deadline, time.perf_counter() + (deadline - time.perf_counter()) / 2)
-    for row in best.argsort(descending=True).tolist():
-        begin = time.perf_counter()
-        if begin >= deadline or bool(torch.isin(rows.owner[row], rows.owner[proven])):
+    for row in proofs.low.argsort(descending=True).tolist():
+        begin, owner = time.perf_counter(), int(rows.owner[row])
+        mine = (rows.owner == owner).nonzero().flatten()
+        if begin >= deadline or owner in tried:
             continue
-        ended = _with_rows(snapshot, rows.select(torch.tensor([row])))
+        tried.add(owner)
+        ended = _with_greatest(snapshot, rows.select(mine))
         with exact_arithmetic(), torch.no_grad():
-            boxes = intermediate_boxes(ended, region) if boxes is None else boxes
+            if len(mine) == 1 and boxes is None:
+                boxes = intermediate_boxes(ended, region)  # of the hidden neurons, whatever the row
             size = rounding_size(ended, region)[0]
             until = min(deadline, begin + method.timeout)
-            found = method.decide(Problem(ended, region, size, best[row : row + 1], boxes, until))
-        proven[row] = found.proven[0]
-        best[row] = found.low[0] if proven[row] else torch.maximum(best[row], found.low[0])
+            known = boxes if len(mine) == 1 else None
+            found = method.decide(Problem(ended, region, size, proofs.low[row : row + 1], known, until))
+        if found.witness is not None:
+            proofs.points.append(found.witness)
+        if bool(found.proven[0]):
+            proofs.impossible.add(owner)
+        if len(mine) == 1:
+            proofs.proven[row] = found.proven[0]
+            proofs.low[row] = found.low[0] if found.proven[0] else torch.maximum(proofs.low[row], found.low[0])
 
 
 def _with_rows(snapshot: Snapshot, rows: Rows) -> Snapshot:
@@ -167,10 +199,23 @@ def _with_rows(snapshot: Snapshot, rows: Rows) -> Snapshot:
     return Snapshot((*front, Node(last.name, Linear(last.op.weight, bias), last.inputs, last.shape)))
 
 
+def _with_greatest(snapshot: Snapshot, rows: Rows) -> Snapshot:
+    """The network followed by the greatest of `matrix y - limit`: positive where the disjunct is not satisfied."""
+    ended = _with_rows(snapshot, rows)
+    if len(rows.limit) == 1:
+        return ended
+    *front, last = ended.nodes
+    assert isinstance(last.op, Linear) and last.op.bias is not None
+    nodes = [*front, Node(last.name, Linear(last.op.weight[0], last.op.bias.view(-1)), last.inputs, last.shape)]
+    append_maximum(nodes, "greatest", list(torch.arange(len(rows.limit)).unsqueeze(1)), len(nodes) - 1)
+    one = Linear(torch.ones(1, 1, 1, dtype=rows.limit.dtype), rows.limit.new_zeros(1, 1))
+    return Snapshot((*nodes, Node("row", one, (len(nodes) - 1,), (1,))))
+
+
 def _unproven(
     snapshot: Snapshot, model: OnnxModel, group: tuple[Disjunct, ...], deadline: float
-) -> tuple[Disjunct, ...]:
-    """The disjuncts (with one box) that no bound shows to be impossible."""
+) -> tuple[tuple[Disjunct, ...], list[Tensor]]:
+    """(disjuncts, with one box, that are not shown to be impossible; inputs that may satisfy one of them)."""
     rows = Rows(
         torch.from_numpy(np.concatenate([d.matrix for d in group])),
         torch.from_numpy(np.concatenate([d.limit for d in group])),
@@ -179,9 +224,10 @@ def _unproven(
     lb, ub = (torch.from_numpy(end).view(1, *model.input_shape) for end in (group[0].lb, group[0].ub))
     # The network sees inputs of its own precision: the box holds those that the box's real numbers round to, too.
     low, high = (end.to(model.dtype).double() for end in (lb, ub))
-    _, proven = prove_rows(snapshot, Region.between(torch.minimum(lb, low), torch.maximum(ub, high)), rows, deadline)
-    shown = set(rows.owner[proven].tolist())
-    return tuple(disjunct for number, disjunct in enumerate(group) if number not in shown)
+    region = Region.between(torch.minimum(lb, low), torch.maximum(ub, high))
+    proofs = prove_rows(snapshot, region, rows, deadline)
+    points = [point.clamp(low[0], high[0]).to(model.dtype) for point in proofs.points]
+    return tuple(disjunct for number, disjunct in enumerate(group) if number not in proofs.impossible), points
 
 
 class _Violation(nn.Module):

@@ -112,13 +112,13 @@ def boxed(low: str, high: str, condition: str) -> Property:
 
 def test_every_condition_of_a_disjunct_is_needed_and_one_disjunct_is_enough() -> None:
     impossible = boxed("0", "1", "(and (<= Y_0 0.2) (>= Y_0 0.8))")
-    assert answer(identity(), impossible).status == "unknown"  # each condition alone can be met
+    assert answer(identity(), impossible).status == "unsat"  # each condition alone can be met, both cannot
     assert answer(identity(), boxed("0", "1", "(and (<= Y_0 0.2) (>= Y_1 1.1))")).status == "unsat"
     assert answer(identity(), boxed("0", "1", "(and (<= Y_0 0.2) (>= Y_1 0.9))")).status == "sat"
     assert answer(identity(), boxed("0", "1", "(or (>= Y_0 3) (and (>= Y_0 0.99) (<= Y_1 0.01)))")).status == "sat"
     assert answer(identity(), boxed("0", "1", "(or (>= Y_0 3) (>= Y_1 3))")).status == "unsat"
     one_proven = boxed("0", "1", "(or (>= Y_0 3) (and (<= Y_0 0.2) (>= Y_0 0.8)))")
-    assert answer(identity(), one_proven).status == "unknown"
+    assert answer(identity(), one_proven).status == "unsat"
 
 
 def test_every_box_counts() -> None:
@@ -140,7 +140,7 @@ def test_a_counterexample_lies_in_a_box_that_holds_no_number_of_the_network() ->
 
 def test_unsat_covers_the_inputs_that_numbers_of_the_box_round_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer_module, "_search", lambda *_: iter(()))
-    assert answer(identity(), boxed("0.1", "0.1", "(>= Y_0 0.100000001)")).status == "unknown"
+    assert answer(identity(), boxed("0.1", "0.1", "(>= Y_0 0.100000001)")).status == "sat"  # of branch and bound
     assert answer(identity(), boxed("0.1", "0.1", "(>= Y_0 0.10000001)")).status == "unsat"
 
 
@@ -169,7 +169,7 @@ def test_proven_rows_are_below_every_sample(exported: tuple[nn.Module, Path, Ten
     limit = (snapshot(x[:1].double()) @ matrix.T)[0] - torch.tensor([-1.0, 9.0, 0.2, 0.1, 9.0, -1.0])
     rows = Rows(matrix, limit, torch.tensor([0, 0, 1, 1, 2, 3]))
     ball = LinfBall(0.05)
-    low, proven = prove_rows(snapshot, Region.around(x[:1].double(), ball), rows, math.inf)
+    low, proven, *_ = prove_rows(snapshot, Region.around(x[:1].double(), ball), rows, math.inf)
     points = ball.sample(x[:1].double().expand(4000, -1, -1, -1), torch.Generator().manual_seed(0))
     values = (source(points) @ rows.matrix.T - rows.limit).detach().amin(0)
     source.float()
@@ -226,6 +226,7 @@ def test_the_command_prints_the_answer_and_refuses_in_one_line(
 
 def test_the_search_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer_module, "RESTARTS", 10**5)
+    monkeypatch.setattr(answer_module, "_branch", lambda *_: None)  # which decides it
     begin = time.perf_counter()
     assert answer(identity(), boxed("0", "1", "(and (<= Y_0 0.2) (>= Y_0 0.8))"), timeout=0.5).status == "timeout"
     assert time.perf_counter() - begin < 2
@@ -276,7 +277,32 @@ def test_relu_networks_that_bounds_leave_open_are_decided_by_branch_and_bound() 
     region = Region.between(center - 1, center + 1)
     # The output is never below 0: rows 0 and 2 hold, row 1 does not; row 3 is no disjunct of its own.
     rows = Rows(torch.ones(4, 1).double(), torch.tensor([-0.01, 0.5, -0.2, 0.5]).double(), torch.tensor([0, 1, 2, 2]))
-    low, proven = prove_rows(snapshot, region, rows, time.perf_counter() + 20)
-    assert proven.tolist() == [True, False, True, False]
+    low, proven, impossible, _ = prove_rows(snapshot, region, rows, time.perf_counter() + 20)
+    assert proven.tolist() == [True, False, False, False]
+    assert impossible == {0, 2}
     assert (low <= -rows.limit + 1e-9).all()
     assert answer_module.crown.crown(answer_module._with_rows(snapshot, rows), region)[0][0, 0] < 0
+
+
+def zigzag() -> nn.Sequential:
+    """y = |x|, -|x| + 0.5 on [-1, 1], with ReLUs."""
+    network = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 2)).double()
+    network[0].weight.data = torch.tensor([[1.0], [-1.0]]).double()
+    network[2].weight.data = torch.tensor([[1.0, 1.0], [-1.0, -1.0]]).double()
+    network[2].bias.data = torch.tensor([0.0, 0.5]).double()
+    return network
+
+
+@pytest.mark.parametrize("sum_", [0.45, 0.55])
+def test_a_conjunction_that_no_row_of_its_own_decides_is_decided(sum_: float) -> None:
+    # y_0 <= 0.2 and y_1 <= sum_ - 0.2: each can be met, and since y_0 + y_1 = 0.5, both only if sum_ >= 0.5.
+    network, center = zigzag(), torch.zeros(1, 1, dtype=torch.float64)
+    snapshot = capture(network, center).snapshot().without_gradient()
+    limit = torch.tensor([0.2, sum_ - 0.2]).double()
+    rows = Rows(torch.eye(2).double(), limit, torch.tensor([0, 0]))
+    found = prove_rows(snapshot, Region.between(center - 1, center + 1), rows, time.perf_counter() + 60)
+    assert not found.proven.any()
+    assert found.impossible == ({0} if sum_ < 0.5 else set())
+    assert len(found.points) == (0 if sum_ < 0.5 else 1)
+    for point in found.points:
+        assert (network(point.unsqueeze(0))[0] <= limit).all()
