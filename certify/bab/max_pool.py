@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,25 +13,8 @@ from certify.op import AffineOp
 from certify.ops.max_pool import MaxPool2d
 from certify.ops.merge import Add
 from certify.ops.relu import ReLU
+from certify.ops.select import Select
 from certify.program import windows
-
-
-@dataclass(frozen=True)
-class Gather(AffineOp):
-    """Numbers of each example at the flat positions `index` `[*out]`; `in_shape` is that of one example."""
-
-    index: Tensor
-    in_shape: tuple[int, ...]
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return inputs[0].flatten(1)[:, self.index]
-
-    def absolute(self, radius: Tensor) -> Tensor:
-        return self.forward(radius)
-
-    def transpose(self, A: Tensor) -> Tensor:
-        out = A.new_zeros(*A.shape[:2], math.prod(self.in_shape))
-        return out.index_add_(2, self.index.flatten(), A.flatten(2)).unflatten(2, self.in_shape)
 
 
 def splits(snapshot: Snapshot) -> bool:
@@ -69,7 +50,7 @@ def append_maximum(nodes: list[Node], name: str, picks: Sequence[Tensor], source
         nodes.append(Node(f"{name}.{part}", op, inputs, shape))
         return len(nodes) - 1
 
-    left = [add("pick", Gather(pick, nodes[source].shape), source) for pick in picks]
+    left = [add("pick", Select(pick.flatten(), nodes[source].shape, shape), source) for pick in picks]
     while len(left) > 1:
         pairs = zip(left[::2], left[1::2], strict=False)
         odd = left[len(left) // 2 * 2 :]
