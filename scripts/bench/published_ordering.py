@@ -1,6 +1,6 @@
 """Methods of adversarial training side by side: which of the published orderings appear in small.
 
-    OMP_NUM_THREADS=1 python scripts/bench/published_ordering.py --data cifar10 --out runs/ordering [--images 2500]
+    OMP_NUM_THREADS=1 python scripts/bench/published_ordering.py --data cifar10 --out runs/ordering [--images 5000]
 
 Trains every method with every seed on the first `--images` training images: CNN4 with BatchNorm, SGD, 10 steps of
 attack, learning rate divided by 10 at 60 and 80 % of the epochs; the best epoch is chosen on a tenth of the images,
@@ -40,9 +40,9 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10", help="of which the first images are used")
     parser.add_argument("--root", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=2500)
+    parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--tests", type=int, default=1000)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--attack", default="apgd_t:targets=4")
     options = parser.parse_args()
