@@ -22,7 +22,7 @@ class SGD:
     nesterov: bool = False
 
     def __call__(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             parameters,
             lr=self.lr,
             momentum=self.momentum,
@@ -30,3 +30,10 @@ class SGD:
             nesterov=self.nesterov,
             fused=True,
         )
+        if self.momentum:
+            # The fused step takes buffers for all parameters or for none, and one may get its first gradient late:
+            # a head that is trained from some epoch on. Zeros are where momentum starts.
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer

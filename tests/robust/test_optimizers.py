@@ -52,3 +52,17 @@ def test_its_rate_is_the_one_that_the_schedule_multiplies(name: str) -> None:
     factory = OPTIMIZERS.parse(f"{name}:lr=0.125")
     (group,) = factory(problem()[0].parameters()).param_groups
     assert factory.lr == group["lr"] == 0.125
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_a_parameter_may_get_its_first_gradient_late(text: str) -> None:
+    model, x, y = problem()
+    other = copy.deepcopy(model)
+    for network, optimizer in (
+        (model, OPTIMIZERS.parse(text)(model.parameters())),
+        (other, PLAIN[text](other.parameters())),
+    ):
+        descend(network[0], optimizer, x, y, 3)
+        descend(network, optimizer, x, y, 5)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
