@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -73,11 +74,17 @@ def refuse_undivided(settings: Settings) -> None:
         (HOOKS, settings.hooks),
     ):
         for text in texts:
-            if getattr(registry.parse(text), "undivided", False):
+            if _undivided(registry.parse(text)):
                 raise TrainingError(
                     f"{registry.kind} {text} can not be trained by several processes together; start one, "
                     "without torchrun"
                 )
+
+
+def _undivided(method: Any) -> bool:
+    """Whether a method, or one that it holds in a field, says so."""
+    held = (getattr(method, f.name) for f in dataclasses.fields(method))
+    return getattr(method, "undivided", False) or any(_undivided(m) for m in held if dataclasses.is_dataclass(m))
 
 
 def _check_norm(name: str, method: object, settings: Settings) -> None:

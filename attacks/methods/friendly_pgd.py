@@ -45,6 +45,8 @@ class FriendlyPGD:
     seed: int = 0
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
+    # Each part of a mini-batch would take as many passes, and as much noise, as its own slowest example.
+    undivided: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.patience < 0 or self.noise < 0:

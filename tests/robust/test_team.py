@@ -67,8 +67,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 NEEDS_CHECKPOINTS = ("awr", "hat", "mtard", "pubdef")
 FOR_OTHER_MODELS = ("emma", "gloro", "gloro_trades", "logit_annealing")
-OWN_NOISE = ("fat",)
-"""Objectives whose attack drops examples: each process then draws noise of its own."""
+UNDIVIDED = ("fat", "free_at")
 
 
 def every_method() -> dict[str, dict[str, Any]]:
@@ -76,7 +75,7 @@ def every_method() -> dict[str, dict[str, Any]]:
     texts = {"taps": "taps:steps=2,restarts=1", "lbgat": "lbgat:teacher=cnn3"}
     short = {"taps", "staps"}
     constant = {"gat", "lbgat"}  # parameters that only their terms train
-    left_out = {*NEEDS_CHECKPOINTS, *FOR_OTHER_MODELS, *OWN_NOISE, "free_at"}
+    left_out = {*NEEDS_CHECKPOINTS, *FOR_OTHER_MODELS, *UNDIVIDED}
     cases: dict[str, dict[str, Any]] = {}
     for name in set(OBJECTIVES.names()) - left_out:
         schedule = "linear:start=0,end=0.3" if name in short else "constant" if name in constant else None
@@ -208,6 +207,8 @@ def test_what_processes_cannot_share_is_refused_in_one_line(tmp_path: Path) -> N
     team = Team(0, 2, None)  # type: ignore[arg-type]
     for changes, message in (
         ({"objective": "free_at"}, "objective free_at can not be trained by several processes together; start one"),
+        ({"objective": "fat"}, r"objective fat can not be trained by several processes together; start one"),
+        ({"objective": "pgd:attack=(friendly_pgd:mode=keep)"}, "can not be trained by several processes together"),
         ({"hooks": ("fedavg",)}, "hook fedavg can not be trained by several processes together; start one"),
     ):
         with pytest.raises(TrainingError, match=message):
