@@ -78,8 +78,15 @@ def test_a_sweep_that_was_cut_off_goes_on_with_the_trial_that_was_under_way(tmp_
     monkeypatch.setattr(module, "train", killed)
     with pytest.raises(KeyboardInterrupt):
         sweep(ibp(), [WEIGHT], 3, tmp_path / "cut", progress=False)
+    proposed, proposals = module._proposed, []
+
+    def counted(*arguments):
+        proposals.append(arguments)
+        return proposed(*arguments)
+
+    monkeypatch.setattr(module, "_proposed", counted)
     again = plain(sweep(ibp(), [WEIGHT], 3, tmp_path / "cut", progress=False))
-    assert again == whole
+    assert again == whole and len(proposals) == 1  # the second trial has its values already
     assert calls == ["trial_0000", "trial_0001", "trial_0001", "trial_0002"]
     assert plain(sweep(ibp(), [WEIGHT], 3, tmp_path / "cut", progress=False)) == whole and len(calls) == 4
 
