@@ -20,6 +20,7 @@ from certify.op import AffineOp, Op, UnsupportedOp
 from certify.ops.affine import Conv2d, Linear, Pad, Scale, conv2d
 from certify.ops.average_pool import Average
 from certify.ops.reshape import Identity, Permute, Reshape
+from certify.ops.select import Select
 
 Norm = Literal["linf", "l2", "l1"]
 NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")
@@ -59,6 +60,10 @@ def operator_norm_bound(
     op = _as_op(layer, in_shape)
     if isinstance(op, Identity | Reshape | Permute | Pad):
         return torch.ones((), dtype=torch.float64)
+    if isinstance(op, Select):
+        # Rows of the identity: the Gram matrix is diagonal and counts how often each number is picked.
+        most = float(op.index.bincount().max())
+        return _enlarged(torch.tensor({"l2": most**0.5, "l1": most, "linf": 1.0}[norm], dtype=torch.float64))
     if isinstance(op, Scale):
         return _enlarged(op.scale.double().abs().max())
     if norm != "l2":
@@ -104,7 +109,7 @@ def _as_op(layer: Tensor | nn.Module | Op, in_shape: tuple[int, ...] | None) -> 
     if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros":
         size = _needed(in_shape)
         return conv2d(layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups, size)  # type: ignore[arg-type]
-    if isinstance(layer, Linear | Conv2d | Scale | Average | Identity | Reshape | Permute | Pad):
+    if isinstance(layer, Linear | Conv2d | Scale | Average | Identity | Reshape | Permute | Pad | Select):
         return layer
     raise UnsupportedOp(
         f"no operator norm for {type(layer).__name__}; known: a weight [m, n], nn.Linear, nn.Conv2d with zero or "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from certify.op import UnsupportedOp
 from certify.ops.affine import Linear, conv2d
 from certify.ops.average_pool import Average
 from certify.ops.relu import ReLU
+from certify.ops.select import Select
 
 SHAPES = [
     # kernel, stride, padding, dilation, groups
@@ -141,3 +143,13 @@ def test_average_pools_have_their_norm():
 def test_what_has_no_norm_is_refused(layer, options, error, message):
     with pytest.raises(error, match=message):
         operator_norm_bound(layer, **options)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1", "linf"])
+def test_numbers_that_are_picked_more_than_once_count_as_often(norm):
+    index = torch.tensor([3, 0, 3, 1, 3, 1])
+    matrix = torch.eye(4, dtype=torch.float64)[index]
+    order = {"l2": 2, "l1": 1, "linf": math.inf}[norm]
+    bound = operator_norm_bound(Select(index, (4,), (2, 3)), norm)
+    torch.testing.assert_close(bound, torch.linalg.matrix_norm(matrix, order), rtol=1e-11, atol=0)
+    assert bound >= torch.linalg.matrix_norm(matrix, order) * (1 - 1e-15)
