@@ -20,7 +20,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     "$python" -m pip install --quiet --disable-pip-version-check --editable '.[test]'
     # Packages that tests compare with or adapt. Without their dependencies: torchattacks pins a release of requests of
     # 2021, auto-LiRPA a torch of 2022, and robustbench a timm and more than its architectures import.
-    packages="torchattacks==3.5.1 pyautoattack==0.2.0 auto-LiRPA==0.3 foolbox==3.3.4 robustbench==1.1.1 timm"
+    packages="torchattacks==3.5.1 pyautoattack==0.2.0 auto-LiRPA==0.3 foolbox==3.3.4 robustbench==1.1 timm"
     install() { "$python" -m pip install --quiet --disable-pip-version-check "$@"; }
     # shellcheck disable=SC2086
     install --no-deps $packages || for package in $packages; do

@@ -15,7 +15,7 @@ from certify.bounds.global_l2 import lipschitz_constants
 from robust.initialization import INITIALIZATIONS
 from robust.l2_net import L2Net, Residual, stored_weight
 from robust.lipschitz_layer import LIPSCHITZ_LAYERS, mapped_patches
-from robust.lipschitz_layers.cholesky import cholesky
+from robust.lipschitz_layers.cholesky import RIDGE, cholesky
 from robust.model import MODELS
 
 SHAPE = (3, 16, 16)
@@ -136,8 +136,10 @@ def test_the_stem_of_liresnet_follows_the_image(shape: tuple[int, int, int], ste
 
 def test_patches_are_orthonormal_rows_up_to_the_ridge() -> None:
     layer = mapped_patches(cholesky, 3, 8, 2).double()
+    squares = torch.linalg.svdvals(stored_weight(layer).flatten(1)).square()
     values = torch.linalg.svdvals(layer.weight.flatten(1))
-    assert 0.99 < values.min() and values.max() <= 1
+    torch.testing.assert_close(values, (squares / (squares + RIDGE * squares.sum() / 8)).sqrt())
+    assert 0.9 < values.min() and values.max() <= 1
 
 
 @pytest.mark.parametrize(
