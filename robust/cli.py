@@ -2,8 +2,9 @@
 
 Entry points stay thin: they read settings, call the library and print where the results are. A command is a file of
 `robust/commands`, named as it is called: WORDS (its line in the help), EXAMPLES, `add_flags(parser)` and
-`run(options)`, which returns what --json prints where the command has that flag (`robust.flags.add_json`). Flags are
-run-level only; a method's hyper-parameters are fields of its text, such as `--objective mtl_ibp:ibp_weight=0.01`.
+`run(options)`, which returns what --json prints where the command has that flag (`robust.flags.add_json`); GOES_ON =
+False where an interrupted command begins anew. Flags are run-level only; a method's hyper-parameters are fields of
+its text, such as `--objective mtl_ibp:ibp_weight=0.01`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ EXIT_CODES = """exit codes:
   0    done
   1    robust doctor: a check failed
   2    a mistake in what was asked for, or a file, a disk or a device that cannot be used: one line says which
-  130  interrupted (Ctrl-C, SIGTERM); the same command goes on where it stopped"""
+  130  interrupted (Ctrl-C, SIGTERM); the same command goes on where it stopped, but for masking and vnnlib"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":  # torchrun interrupts all its processes; one of them says so
-            print("robust: interrupted; the same command goes on where it stopped", file=sys.stderr)
+            goes_on = "; the same command goes on where it stopped" if options.goes_on else ""
+            print(f"robust: interrupted{goes_on}", file=sys.stderr)
         return 130
     return code
 
@@ -144,4 +146,4 @@ def _add(commands: Any, name: str) -> None:
     )
     command.add_flags(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.set_defaults(run=command.run, parser=parser)
+    parser.set_defaults(run=command.run, parser=parser, goes_on=getattr(command, "GOES_ON", True))

@@ -16,6 +16,7 @@ from robust.problem import add_problem, images_of, problem
 DEFAULT_LIMIT = 200
 
 WORDS = "signs of masked gradients: whether attacks can be trusted"
+GOES_ON = False
 EXAMPLES = """examples:
   robust masking runs/digits_mtl_ibp/checkpoint.safetensors
   robust masking model.safetensors --eps 8/255 --limit 500 --out reports/8_255"""

@@ -12,6 +12,7 @@ from robust.files import write_whole
 from robust.vnncomp import decide, decide_all, result_text
 
 WORDS = "answer VNN-LIB properties of ONNX networks"
+GOES_ON = False
 EXAMPLES = """examples:
   robust vnnlib model.onnx property.vnnlib --timeout 60
   robust vnnlib instances.csv --out results    lines of network,property,seconds, as in VNN-COMP

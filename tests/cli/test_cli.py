@@ -510,3 +510,14 @@ def test_lipschitz_writes_rows_a_summary_and_pictures_and_goes_on(robust: Cli, c
         robust("lipschitz", checkpoint, "--out", "other", "--quiet", "--method", "exact", "--states", "crown"),
         "method 'exact' has no option 'states'; options: most",
     )
+
+
+def test_an_interrupted_command_that_begins_anew_does_not_promise_more(
+    robust: Cli, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("robust.commands.masking.check_masking", interrupted)
+    code, _, err = robust("masking", checkpoint)
+    assert (code, err) == (130, "robust: interrupted\n")
