@@ -68,7 +68,8 @@ class Team:
         return cls(dist.get_rank(), dist.get_world_size(), group)
 
     def leave(self) -> None:
-        """End the connections; the last call."""
+        """End the connections, when all have come to it; the last call."""
+        dist.barrier(self.group)
         dist.destroy_process_group()
 
     @property

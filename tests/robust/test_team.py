@@ -66,7 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 NEEDS_CHECKPOINTS = ("awr", "hat", "mtard", "pubdef")
-FOR_OTHER_MODELS = ("emma", "gloro", "gloro_trades", "logit_annealing")
+FOR_OTHER_MODELS = ("dverge", "emma", "gloro", "gloro_trades", "logit_annealing")
 UNDIVIDED = ("fat", "free_at")
 
 
@@ -238,6 +238,7 @@ def test_a_killed_run_goes_on_with_the_same_result(tmp_path: Path) -> None:
     first.communicate(timeout=120)
     assert (tmp_path / "broken" / STATE).exists() and not (tmp_path / "broken" / CHECKPOINT).exists()
     again = subprocess.run(broken, env=environment(), capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0 and "going on with the run" in again.stdout
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "going on with the run" in again.stdout
     assert _difference(weights(tmp_path / "straight"), weights(tmp_path / "broken")) == 0
     assert records(tmp_path / "straight") == records(tmp_path / "broken")
