@@ -51,7 +51,7 @@ def tighten(
     iterations: int,
     memory: Memory,
     late: Callable[[], bool] = lambda: False,
-    rows: int = 512,
+    rows: int = 256,
 ) -> Tightened | None:
     """Tighten the boxes of a domain on its points with `output <= 0`, layer by layer; None if there is no such point.
 
