@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from certify.formats.onnx import FormatError, load_onnx
+from certify.formats.onnx_layers import LAYERS
 from certify.graph import capture
 from tests.certify.formats.exports import export
 from tests.certify.networks import INPUT, KINDS, network
@@ -268,10 +269,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_network_that_was_read_wrongly_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import certify.formats.onnx as module
-
     path = saved(tmp_path / "m.onnx", [("Relu", ["x"], {}), ("Sub", ["v0", "c"], {})], {"c": random(5)}, [1, 5])
-    monkeypatch.setitem(module._LAYERS, "Relu", lambda call: nn.Identity())
+    monkeypatch.setitem(LAYERS, "Relu", lambda call: nn.Identity())
     with pytest.raises(FormatError, match="differs from onnxruntime's"):
         load_onnx(path)
 
