@@ -16,7 +16,7 @@ from attacks.threat import Ball
 from certify.lipschitz.local import local_lipschitz
 from certify.spec import margin_spec
 from certify.verdict import evaluation, logits_of
-from robust import plots
+from robust import lipschitz_plots, plots
 from robust.checkpoint import ball_facts
 from robust.files import JsonLines, encode, read_json_lines, write_whole
 from robust.images import Images
@@ -181,10 +181,10 @@ def _draw(
     out: Path, rows: Sequence[Mapping[str, Any]], curve: Mapping[str, list[float]], classes: Sequence[str]
 ) -> None:
     constants, attained = ([row[name] for row in rows] for name in ("constant", "attained"))
-    histogram = plots.constants_histogram({"upper bound": constants, "attained": attained})
+    histogram = lipschitz_plots.constants_histogram({"upper bound": constants, "attained": attained})
     plots.save(histogram, out / "lipschitz_histogram.png")
-    per_class = plots.constants_per_class(constants, attained, [row["label"] for row in rows], classes)
+    per_class = lipschitz_plots.constants_per_class(constants, attained, [row["label"] for row in rows], classes)
     plots.save(per_class, out / "lipschitz_per_class.png")
     if curve["eps"]:
-        over_eps = plots.constants_over_eps(curve["eps"], {"mean": (curve["constant"], curve["attained"])})
+        over_eps = lipschitz_plots.constants_over_eps(curve["eps"], {"mean": (curve["constant"], curve["attained"])})
         plots.save(over_eps, out / "lipschitz_over_eps.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from robust import plots
+from robust import lipschitz_plots, plots
 from robust.eps_curve import EpsCurve
 from robust.files import encode, read_json_lines, write_whole
 from robust.html_report import Example, html_page
@@ -97,7 +98,8 @@ def _drawings(
     if constants is not None:
         text = f"Local Lipschitz constants {constants.words}: upper bounds, and the largest slopes that were attained."
         groups = {"upper bound": constants.upper, "attained": constants.attained}
-        found.append(("lipschitz", "Lipschitz constants", text, lambda theme: plots.constants_histogram(groups, theme)))
+        histogram = partial(lipschitz_plots.constants_histogram, groups)
+        found.append(("lipschitz", "Lipschitz constants", text, histogram))
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from robust import plots
+from robust import lipschitz_plots, plots
 from robust.judged_run import JudgedRun
 from robust.plots import LIGHT, WIDTH, Theme, cycled, empty_figure, legend_above, percent_axis
 from robust.report import Rate
@@ -97,7 +97,7 @@ def constants(runs: Sequence[JudgedRun], theme: Theme = LIGHT) -> Figure:
     """Histograms of the upper bounds of local Lipschitz constants."""
     groups = {_name(run): run.constants.upper for run in runs if run.constants is not None}
     colours = [colour for run, colour, _ in _looks(runs, theme) if run.constants is not None]
-    return plots.constants_histogram(groups, theme, colours)
+    return lipschitz_plots.constants_histogram(groups, theme, colours)
 
 
 def _word(rate: str) -> str:

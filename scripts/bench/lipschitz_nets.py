@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from robust import plots
+from robust import lipschitz_plots, plots
 from robust.checkpoint import load
 from robust.dataset import parse_dataset
 from robust.files import read_json_lines
@@ -60,8 +60,8 @@ def main() -> None:
             print(f"{name:>12} {side:>9} at eps {float(ball.eps):g}: {facts}")
         right = sum(r["label"] == r["prediction"] for r in rows)
         print(f"{name:>12} {right} of {len(rows)} right, {summary['seconds'] / len(rows):.2f} s per image", flush=True)
-    plots.save(plots.constants_histogram(constants), options.out / "histogram.png")
-    plots.save(plots.constants_over_eps(radii, curves), options.out / "over_eps.png")
+    plots.save(lipschitz_plots.constants_histogram(constants), options.out / "histogram.png")
+    plots.save(lipschitz_plots.constants_over_eps(radii, curves), options.out / "over_eps.png")
 
 
 if __name__ == "__main__":
