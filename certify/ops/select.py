@@ -39,7 +39,10 @@ def _select(function: Callable[..., Tensor], call: Call) -> Op:
         raise call.refuse("indices that depend on the input are not supported")
     count = math.prod(source.shape)
     places = torch.arange(2 * count).view(2, *source.shape)
-    moved = function(places, *rest, **call.kwargs)
+    try:
+        moved = function(places, *rest, **call.kwargs)
+    except IndexError:  # there is no third example, and the other axes have been through a forward pass
+        moved = places.new_empty(0)
     if tuple(moved.shape) != (2, *call.out_shape) or not torch.equal(moved[1], moved[0] + count):
         raise call.refuse("it moves numbers from one example to another; only the axes behind the batch can be indexed")
     return Select(moved[0].flatten(), source.shape, call.out_shape)

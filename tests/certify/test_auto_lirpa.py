@@ -110,6 +110,19 @@ def test_a_margin_within_rounding_is_not_certified() -> None:
     assert {v.status for v in verdicts} == {"unknown"}
 
 
+def test_a_margin_that_large_weights_cancel_to_is_not_certified() -> None:
+    """The package sees a margin of 1e-4; float64 has lost that much where its weights of 1e13 were added up."""
+    first, last = nn.Linear(64, 2), nn.Linear(2, 2)
+    with torch.no_grad():
+        first.weight.copy_(torch.rand(1, 64).expand(2, 64) * 1e13)
+        first.bias.zero_()
+        last.weight.copy_(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
+        last.bias.copy_(torch.tensor([1e-4, 0.0]))
+    x = torch.rand(2, 1, 8, 8)
+    verdicts = AutoLiRPA()(nn.Sequential(nn.Flatten(), first, last).eval(), x, torch.zeros(2).long(), LinfBall(0.01))
+    assert [(v.status, v.margin_lb > 0) for v in verdicts] == [("unknown", True)] * 2
+
+
 def test_misuse_is_answered_in_one_line() -> None:
     model = gated()
     x, y = images(model)

@@ -47,6 +47,15 @@ def test_a_function_without_a_rule_is_named() -> None:
         (lambda x: F.leaky_relu(x, 1.5), "0 <= negative_slope < 1"),
         (lambda x: F.max_pool2d(x, 2, return_indices=True)[0], "several outputs|no bound rule"),
         (lambda x: x[: len(x)], "'len' is not supported"),
+        (lambda x: x[1:], "one example to another|no batch"),
+        (lambda x: x[[2, 0, 1]], "one example to another|no batch"),
+        (lambda x: x.flip(0), "one example to another|no batch"),
+        (lambda x: x.roll(1, 0), "one example to another|no batch"),
+        (lambda x: torch.roll(x, 1), "one example to another|no batch"),
+        (lambda x: x.split(1, 0)[0], "one example to another|no batch"),
+        (lambda x: x.chunk(3)[1], "one example to another|no batch"),
+        (lambda x: x[:, :, x.argmax()], "one example to another|no batch"),
+        (lambda x: torch.index_select(x, 1, torch.relu(x).flatten(0)), "no batch|depend on the input"),
     ],
 )
 def test_forms_that_cannot_be_bounded_are_refused_with_a_reason(function: object, reason: str) -> None:

@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
+from attacks.threat import Ball, L2Ball, LinfBall
 from certify.bab.ascent import Point, Task, ascend
 from certify.bab.branching import BRANCHINGS
 from certify.bab.dual import backward, forward, minimiser
@@ -17,7 +19,8 @@ from certify.bab.tighten import tighten
 from certify.bab.triangle import Triangle
 from certify.branching.babsr import BaBSR
 from certify.branching.kfsb import KFSB
-from tests.certify.bab.cores import before, evaluated, inside, random_core, random_domains, units, whole
+from tests.certify.bab.cores import before, evaluated, inside, random_core, random_domains, small_core, units, whole
+from tests.certify.networks import KINDS, on_vectors
 
 SEEDS = (0, 1, 2, 3, 4, 5)
 """The core of number 4 has no neurons."""
@@ -231,3 +234,22 @@ def test_what_a_search_says_holds_at_every_point(seed: int, tighten_iterations: 
                 assert float(moved(result.witness, core.evaluate(result.witness))) <= 0
             else:
                 assert result.doubtful or time.perf_counter() > deadline
+
+
+@pytest.mark.parametrize("name, ball", [("sigmoid", LinfBall(0.2)), ("tanh", L2Ball(0.5)), ("relu", L2Ball(2.0))])
+def test_what_no_split_helps_to_decide_is_not_proven(name: str, ball: Ball) -> None:
+    few = on_vectors(lambda inputs: (nn.Linear(inputs, 8), 8))
+    core, _ = small_core([few, KINDS[name], few], 0, ball)
+    u = core.inside(units(core, 4000, torch.Generator().manual_seed(0)))
+    plan = Plan(KFSB(), BaBSR(), tighten_iterations=0)
+    for output in core.outputs:
+        root = float(Search(core, output, 1e-6, plan, math.inf).root().low)
+        least = float(output(u, core.evaluate(u)).min())
+        stuck = 0
+        # From a property that a point refutes to one that the root proves; between them lines are too coarse.
+        for share in (0.1, 0.3, 0.4, 0.5, 0.7, 1.01):
+            moved = replace(output, constant=output.constant - least + share * (least - root))
+            result = Search(core, moved, 1e-6, plan, time.perf_counter() + 20).run()
+            assert result.proven == (result.low > 0)
+            stuck += not result.proven and result.witness is None
+        assert stuck and result.proven

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.threat import L2Ball, LinfBall
+from certify.bab import input_split
 from certify.bab.input_split import free_inputs, split_inputs
 from certify.graph import Snapshot
 from certify.ops.affine import Linear
@@ -75,6 +76,19 @@ def test_what_is_proven_holds_at_every_point(seed: int, inputs: int) -> None:
                 assert float(moved(found.witness.unsqueeze(0)).min()) <= 0
             else:
                 assert (found.low > 0).all() and (found.low <= low - by).all()
+
+
+@pytest.mark.parametrize("boxes", [0, 4])
+def test_a_search_that_ends_early_proves_nothing(boxes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of time (before the first box) or of boxes, with a property that holds."""
+    monkeypatch.setattr(input_split, "BOXES", boxes)
+    model, x = deep(0, 3)
+    snapshot, region = ended(model, x, LinfBall(EPS))
+    low = least(snapshot, region)
+    moved = shifted(snapshot, low - 0.01 * (1 + low.abs()))
+    found = split_inputs(moved, region, rounding_size(moved, region)[0], time.perf_counter() + (60 if boxes else -1))
+    assert not (found.proven or found.doubtful) and found.witness is None
+    assert (found.low <= 0).any() and found.domains <= 2 * boxes
 
 
 def test_deep_networks_with_few_inputs_are_decided_by_their_inputs() -> None:

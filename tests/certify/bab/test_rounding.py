@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attacks.threat import LinfBall
 from certify.bab.domains import bounded
-from certify.bab.search import Plan, Search
+from certify.bab.search import Plan, Result, Search
 from certify.bab.tighten import tighten
 from certify.bab.triangle import Triangle
 from certify.bab.unstable_core import Core, core_of
@@ -191,3 +191,20 @@ def test_large_weights_are_decided_or_left_open_but_never_wrong(seed: int, scale
             (verdict,) = BranchAndBound(timeout=20, inputs=inputs)(model, x, label, LinfBall(eps))
             assert verdict.status == "falsified" or verdict.margin_lb <= attained
             assert verdict.status != "unknown" or scale > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_margin_of_a_search_that_found_nothing_pays_for_rounding(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Search, "run", lambda search: Result(-math.inf))
+    for seed in range(10):
+        model = thin(seed, 1e3)
+        x = torch.rand(1, INPUTS, generator=torch.Generator().manual_seed(seed))
+        label = model(x).argmax(1)
+        with torch.no_grad():
+            logits = copy.deepcopy(model).double()(x.double())[0]
+        margin = float((logits[label] - logits)[torch.arange(3) != label].min())
+        # In so small a box the bound is the margin itself, up to rounding.
+        (verdict,) = BranchAndBound(inputs=0)(model.to(dtype), x.to(dtype), label, LinfBall(1e-13))
+        assert verdict.status == "unknown" and margin - 0.05 * (1 + margin) <= verdict.margin_lb < margin
