@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from certify.bounds.crown import ROW_BUDGET, Boxes
@@ -56,6 +57,41 @@ class Matrix:
     def top(self, rows: int) -> Matrix:
         """The first rows; they share the memory of a dense matrix."""
         return self if rows == self.shape[0] else Matrix(self.whole[:rows])
+
+
+class Chained:
+    """A matrix whose first rows read the input, and whose others read it through values that lie between.
+
+    Behind a first convolution every neuron reads most of the input, by way of fewer stable neurons than it has
+    numbers. Not multiplied out, its weights are smaller, and those of the convolution stay sparse.
+    """
+
+    def __init__(self, front: Matrix, near: int, deep: Matrix) -> None:
+        """`near` rows of `front` `[near + S, M]` are rows of this matrix; `deep` `[n, S]` reads the others."""
+        self.front, self.near, self.deep = front, near, deep
+        self.shape = torch.Size([near + deep.shape[0], front.shape[1]])
+
+    @property
+    def whole(self) -> Tensor:
+        """The matrix multiplied out."""
+        front = self.front.whole
+        return torch.cat([front[: self.near], self.deep.whole @ front[self.near :]])
+
+    def times(self, v: Tensor) -> Tensor:
+        """`W v`, `[m, D]` for `v` `[n, D]`."""
+        front = self.front.times(v)
+        return torch.cat([front[: self.near], self.deep.times(front[self.near :])])
+
+    def transposed_times(self, p: Tensor) -> Tensor:
+        """`W^T p`, `[n, D]` for `p` `[m, D]`."""
+        near, deep = p[: self.near], p[self.near :]
+        return self.front.transposed_times(torch.cat([near, self.deep.transposed_times(deep)]))
+
+    def top(self, rows: int) -> Matrix | Chained:
+        """The first rows."""
+        if rows <= self.near:
+            return self.front.top(rows)
+        return self if rows == self.shape[0] else Chained(self.front, self.near, self.deep.top(rows - self.near))
 
 
 @dataclass(frozen=True)
@@ -107,7 +143,7 @@ class Core:
 
     region: Region
     layers: tuple[Layer, ...]
-    input_weight: Matrix
+    input_weight: Matrix | Chained
     bias: Tensor
     lb: Tensor
     ub: Tensor
@@ -189,6 +225,23 @@ def core_of(snapshot: Snapshot, region: Region, boxes: Boxes) -> Core:
     return builder.core()
 
 
+@dataclass(frozen=True)
+class _Stem:
+    """Stable neurons of the first activation that the neurons behind it read the input through.
+
+    Attributes:
+        place: node of the activation; index: flat numbers of its neurons, `[S]`.
+        slope: of the activation there, `[S]`.
+        weight: `[S, M]`; bias: `[S, 1]`: what they are of the input, before activation.
+    """
+
+    place: int
+    index: Tensor
+    slope: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
 class _Builder:
     def __init__(self, snapshot: Snapshot, region: Region, boxes: Boxes) -> None:
         self.snapshot, self.region, self.boxes = snapshot, region, boxes
@@ -197,7 +250,9 @@ class _Builder:
         self.layers: dict[int, Layer] = {}
         self.through: dict[int, Tensor] = {}
         """Slope of the stable neurons of an activation, 0 at the unstable ones; `[*shape]`."""
-        self.input_weights: list[Tensor] = []
+        self.stem: _Stem | None = None
+        self.weights: list[Tensor] = []
+        """Of the input and of the stem, `[n, M + S]` for each layer."""
         self.biases: list[Tensor] = []
         self.count = 0
 
@@ -220,13 +275,32 @@ class _Builder:
         self.through[place] = torch.where(kept, torch.zeros_like(slopes), slopes)
         weight, bias = self.rows(source, index)
         part = slice(self.count, self.count + len(index))
-        hidden = weight[:, self.inputs :]
+        hidden = weight[:, self.front :]
         read = hidden.count_nonzero(0).nonzero().flatten()
         reads = slice(int(read[0]), int(read[-1]) + 1) if len(read) else slice(0, 0)
+        is_first = not self.layers
         self.layers[place] = Layer(place, node.op, index, part, reads, Matrix(hidden[:, reads].contiguous()))
-        self.input_weights.append(weight[:, : self.inputs])
+        self.weights.append(weight[:, : self.front])
         self.biases.append(bias)
         self.count += len(index)
+        if is_first:
+            self.stem = self.stem_at(place)
+
+    @property
+    def front(self) -> int:
+        """Columns before those of the neurons: the input's and the stem's."""
+        return self.inputs + (0 if self.stem is None else len(self.stem.index))
+
+    def stem_at(self, place: int) -> _Stem | None:
+        """The stable neurons of the first activation, unless it is as cheap to fold them into the rows behind."""
+        slope = self.through[place].flatten()
+        index = slope.nonzero().flatten()
+        saved = self.loose_after(place) * (self.inputs - len(index))
+        if saved <= 0 or not len(index):
+            return None
+        weight, bias = self.rows(self.snapshot.nodes[place].inputs[0], index)
+        added = min(weight.numel(), int(weight.count_nonzero()) / SPARSE_BELOW)
+        return _Stem(place, index, slope[index], weight[:, : self.inputs], bias) if saved > added else None
 
     def loose_after(self, place: int) -> int:
         """Unstable neurons of the activations behind a node."""
@@ -238,7 +312,7 @@ class _Builder:
         return count
 
     def rows(self, start: int, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(weight `[n, M + N so far]`, bias `[n, 1]`) of neurons of a node."""
+        """(weight `[n, M + S + N so far]`, bias `[n, 1]`) of neurons of a node."""
         shape = self.snapshot.nodes[start].shape
         width = math.prod(shape)
         widest = max(math.prod(node.shape) for node in self.snapshot.nodes[: start + 1])
@@ -251,14 +325,14 @@ class _Builder:
             weights.append(weight)
             biases.append(bias)
         if not weights:
-            empty = self.region.center.new_zeros((0, self.inputs + self.count))
+            empty = self.region.center.new_zeros((0, self.front + self.count))
             return empty, empty[:, :1]
         return torch.cat(weights), torch.cat(biases)
 
     def walk(self, start: int, A: Tensor) -> tuple[Tensor, Tensor]:
-        """Follow rows `A` `[n, 1, *shape of start]` back to the input, stopping at unstable neurons."""
+        """Follow rows `A` `[n, 1, *shape of start]` back to the input, stopping at unstable neurons and at the stem."""
         rows = len(A)
-        weight = A.new_zeros((rows, self.inputs + self.count))
+        weight = A.new_zeros((rows, self.front + self.count))
         constant = A.new_zeros((rows, 1))
         pending = {start: A}
         for place in range(start, 0, -1):
@@ -267,8 +341,11 @@ class _Builder:
             node, coefficients = self.snapshot.nodes[place], pending.pop(place)
             if place in self.layers:
                 layer = self.layers[place]
-                columns = slice(self.inputs + layer.part.start, self.inputs + layer.part.stop)
+                columns = slice(self.front + layer.part.start, self.front + layer.part.stop)
                 weight[:, columns] = coefficients.flatten(1)[:, layer.index]
+                if self.stem is not None and place == self.stem.place:
+                    weight[:, self.inputs : self.front] = coefficients.flatten(1)[:, self.stem.index] * self.stem.slope
+                    continue
                 sources = [coefficients * self.through[place]]
             else:
                 sources, added = node.op.backward(coefficients, [None] * len(node.inputs))
@@ -283,8 +360,10 @@ class _Builder:
         (rows,) = self.snapshot.nodes[last].shape
         weight, bias = self.rows(last, torch.arange(rows, device=self.region.center.device))
         outputs = [
-            Affine(w[: self.inputs].unsqueeze(1), w[self.inputs :].unsqueeze(1), c)
-            for w, c in zip(*self.unit_input(weight, bias), strict=True)
+            Affine(x.unsqueeze(1), a.unsqueeze(1), c)
+            for x, a, c in zip(
+                self.of_unit(weight).whole, weight[:, self.front :], self.at_center(weight, bias), strict=True
+            )
         ]
         layers = tuple(self.layers.values())
         ends = [self.ends(layer) for layer in layers]
@@ -294,17 +373,14 @@ class _Builder:
         if not bool(splittable.all()):
             lines = [self.lines(layer) for layer in layers]
             fixed = Lines(*(self.column([some[i] for some in lines]) for i in range(4)))
-        empty = self.region.center.new_zeros((0, self.inputs))
-        input_weight, input_bias = self.unit_input(
-            torch.cat([*self.input_weights, empty]), torch.cat([*self.biases, empty[:, :1]])
-        )
-        reading = input_weight.count_nonzero(1).nonzero().flatten()
-        input_weight = input_weight[: int(reading[-1]) + 1 if len(reading) else 0]
+        empty = self.region.center.new_zeros((0, self.front))
+        weight = torch.cat([*(F.pad(w, (0, self.front - w.shape[1])) for w in self.weights), empty])
+        reading = weight.count_nonzero(1).nonzero().flatten()
         return Core(
             self.region,
             layers,
-            Matrix(input_weight),
-            input_bias,
+            self.of_unit(weight[: int(reading[-1]) + 1 if len(reading) else 0]),
+            self.at_center(weight, torch.cat([*self.biases, empty[:, :1]])),
             lb,
             ub,
             slack,
@@ -314,13 +390,25 @@ class _Builder:
             tuple(outputs),
         )
 
-    def unit_input(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """(weight, bias) that read u where the given ones read the input in their first columns."""
-        center, radius = self.region.center.flatten(), self.region.radius.flatten()
-        inner = weight[:, : self.inputs]
+    def of_unit(self, weight: Tensor) -> Matrix | Chained:
+        """The matrix of u for weights `[n, >= M + S]` of the input and the stem."""
+        radius = self.region.radius.flatten()
+        direct, through = weight[:, : self.inputs] * radius, weight[:, self.inputs : self.front]
+        if self.stem is None:
+            return Matrix(direct)
+        stem = self.stem.weight * radius
+        near = int(direct.count_nonzero(1).nonzero().max()) + 1 if bool(direct.any()) else 0
+        if near == len(weight) or bool(through[:near].any()):
+            return Matrix(direct + through @ stem)
+        return Chained(Matrix(torch.cat([direct[:near], stem])), near, Matrix(through[near:].contiguous()))
+
+    def at_center(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """The bias `[n, 1]` that belongs to u, for the same weights and their bias."""
         # Summed in float64: the centre's share is a constant of the network, and rounding it once is enough.
-        moved = (inner.double() @ center.double()).unsqueeze(1) + bias.double()
-        return torch.cat([inner * radius, weight[:, self.inputs :]], 1), moved.to(bias.dtype)
+        center = self.region.center.double().view(-1, 1)
+        if self.stem is not None:
+            center = torch.cat([center, self.stem.weight.double() @ center + self.stem.bias])
+        return (weight[:, : self.front].double() @ center + bias).to(bias.dtype)
 
     def column(self, parts: list[Tensor]) -> Tensor:
         return torch.cat([*parts, self.region.center.new_zeros(0)]).unsqueeze(1)

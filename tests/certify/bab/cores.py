@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from attacks.threat import Ball, LinfBall
 from certify.bab.ascent import Point, Relaxation, Task, ascend
 from certify.bab.domains import Domains
-from certify.bab.unstable_core import Affine, Core, core_of
+from certify.bab.unstable_core import Affine, Chained, Core, core_of
 from certify.bounds.crown import intermediate_boxes
 from certify.graph import Snapshot, capture
 from certify.region import Region
@@ -38,6 +38,34 @@ def random_core(seed: int) -> tuple[Core, Snapshot]:
     model, x, _, ball = random_problem(seed)
     core, snapshot = cored(model, x, LinfBall(min(2 * ball.eps, 0.4)))
     return core, snapshot
+
+
+STEMS = (2, 5, 6)
+"""Numbers of cores with a stem and neurons behind it; number 5 has leaky ReLUs in its stem."""
+
+
+def stem_problem(seed: int) -> tuple[nn.Sequential, Tensor, LinfBall]:
+    """A convolutional network whose deep neurons read the input through fewer values than it has pixels."""
+    torch.manual_seed(seed)
+    front = [nn.Conv2d(1, 2, 3, stride=2), nn.LeakyReLU(0.1 * (seed % 2)), nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Flatten()]
+    model = nn.Sequential(*front, nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    for module in model:
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.weight.data *= 2.0
+    return model, torch.rand(1, 1, 9, 9), LinfBall(0.1)
+
+
+def stem_core(seed: int) -> tuple[Core, Snapshot]:
+    """Core of such a network, in float64."""
+    core, snapshot = cored(*stem_problem(seed))
+    assert isinstance(core.input_weight, Chained)
+    return core, snapshot
+
+
+def some_core(name: str) -> Core:
+    """`random_core` or `stem_core` of a name like "random 3"."""
+    kind, seed = name.split()
+    return {"random": random_core, "stem": stem_core}[kind](int(seed))[0]
 
 
 def small_core(blocks: list, seed: int, ball: Ball) -> tuple[Core, Snapshot]:

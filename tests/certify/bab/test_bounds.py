@@ -19,23 +19,37 @@ from certify.bab.tighten import tighten
 from certify.bab.triangle import Triangle
 from certify.branching.babsr import BaBSR
 from certify.branching.kfsb import KFSB
-from tests.certify.bab.cores import before, evaluated, inside, random_core, random_domains, small_core, units, whole
+from tests.certify.bab.cores import (
+    STEMS,
+    before,
+    evaluated,
+    inside,
+    random_core,
+    random_domains,
+    small_core,
+    some_core,
+    units,
+    whole,
+)
 from tests.certify.networks import KINDS, on_vectors
 
 SEEDS = (0, 1, 2, 3, 4, 5)
 """The core of number 4 has no neurons."""
 
 FULL = (0, 1, 2, 3, 5)
+
+NAMES = [*(f"random {seed}" for seed in SEEDS), *(f"stem {seed}" for seed in STEMS)]
+
 TOLERANCE = 1e-9
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_no_point_of_a_domain_is_below_its_bound(seed: int) -> None:
-    core, _ = random_core(seed)
-    generator = torch.Generator().manual_seed(seed)
+@pytest.mark.parametrize("name", NAMES)
+def test_no_point_of_a_domain_is_below_its_bound(name: str) -> None:
+    core = some_core(name)
+    generator = torch.Generator().manual_seed(0)
     u = units(core, 4000, generator)
     z, a = before(core, u)
-    domains = random_domains(core, 60, generator, share=0.25)
+    domains = random_domains(core, 60, generator, share=min(0.25, 3 / (1 + len(core))))
     met = inside(domains, z)
     for output in core.outputs:
         values = output(u, a)
@@ -46,10 +60,10 @@ def test_no_point_of_a_domain_is_below_its_bound(seed: int) -> None:
     assert met.any(1).sum() > 5 or not len(core)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_bound_is_the_value_along_the_lines_it_chose(seed: int) -> None:
-    core, _ = random_core(seed)
-    domains = random_domains(core, 20, torch.Generator().manual_seed(seed), share=0.0)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bound_is_the_value_along_the_lines_it_chose(name: str) -> None:
+    core = some_core(name)
+    domains = random_domains(core, 20, torch.Generator().manual_seed(0), share=0.0)
     lines, one = domains.relaxation(core).slopes(domains.alpha), core.lb.new_ones(20)
     for output in core.outputs:
         dual = backward(core, lines, output, one)
@@ -85,10 +99,10 @@ def test_the_gradient_of_a_bound_is_its_difference_quotient(seed: int) -> None:
     torch.testing.assert_close(quotients, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_tightened_boxes_hold_every_possible_counterexample(seed: int) -> None:
-    core, _ = random_core(seed)
-    generator = torch.Generator().manual_seed(seed)
+@pytest.mark.parametrize("name", NAMES)
+def test_tightened_boxes_hold_every_possible_counterexample(name: str) -> None:
+    core = some_core(name)
+    generator = torch.Generator().manual_seed(0)
     u = units(core, 20_000, generator)
     z, a = before(core, u)
     for output in core.outputs:
@@ -214,10 +228,10 @@ def test_a_leaf_without_points_has_an_infinite_minimum() -> None:
 
 
 @pytest.mark.parametrize("tighten_iterations", [0, 5])
-@pytest.mark.parametrize("seed", SEEDS)
-def test_what_a_search_says_holds_at_every_point(seed: int, tighten_iterations: int) -> None:
-    core, _ = random_core(seed)
-    u = units(core, 20_000, torch.Generator().manual_seed(seed))
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_search_says_holds_at_every_point(name: str, tighten_iterations: int) -> None:
+    core = some_core(name)
+    u = units(core, 20_000, torch.Generator().manual_seed(0))
     values = torch.stack([output(u, core.evaluate(u)) for output in core.outputs])
     for number, output in enumerate(core.outputs):
         for share in (0.0, 0.05):
@@ -242,14 +256,15 @@ def test_what_no_split_helps_to_decide_is_not_proven(name: str, ball: Ball) -> N
     core, _ = small_core([few, KINDS[name], few], 0, ball)
     u = core.inside(units(core, 4000, torch.Generator().manual_seed(0)))
     plan = Plan(KFSB(), BaBSR(), tighten_iterations=0)
-    for output in core.outputs:
+    stuck = 0
+    for output in core.outputs[:2]:
         root = float(Search(core, output, 1e-6, plan, math.inf).root().low)
         least = float(output(u, core.evaluate(u)).min())
-        stuck = 0
         # From a property that a point refutes to one that the root proves; between them lines are too coarse.
-        for share in (0.1, 0.3, 0.4, 0.5, 0.7, 1.01):
+        for share in (0.1, 0.5, 1.01):
             moved = replace(output, constant=output.constant - least + share * (least - root))
             result = Search(core, moved, 1e-6, plan, time.perf_counter() + 20).run()
             assert result.proven == (result.low > 0)
             stuck += not result.proven and result.witness is None
-        assert stuck and result.proven
+        assert result.proven
+    assert stuck

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attacks.threat import Ball, L1Ball, L2Ball, LinfBall
 from certify.bab.ascent import Relaxation
 from certify.bab.dual import backward, minimiser, minimum
-from certify.bab.unstable_core import core_of
+from certify.bab.unstable_core import Matrix, core_of
 from certify.bounds.crown import crown, intermediate_boxes
 from certify.op import UnsupportedOp
 from robust.min_max import MinMax
-from tests.certify.bab.cores import cored, ended, random_core, small_core, units
+from tests.certify.bab.cores import STEMS, cored, ended, random_core, small_core, stem_core, units
 from tests.certify.bab.problems import KINDS
 from tests.certify.networks import KINDS as BLOCKS
 from tests.certify.networks import VARIANTS, Block, layer
@@ -77,6 +79,45 @@ def test_minima_over_the_input_are_exact_and_never_above_a_point(ball: Ball) -> 
     assert ((points - core.region.center) @ A >= low - 1e-9).all()
     reached = ((A * core.region.radius.T) * minimiser(core, A * core.region.radius.T)).sum(0)
     torch.testing.assert_close(reached, low, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", STEMS)
+def test_a_stem_changes_neither_values_nor_bounds(seed: int) -> None:
+    core, snapshot = stem_core(seed)
+    u = units(core, 50, torch.Generator().manual_seed(0))
+    values = torch.stack([output(u, core.evaluate(u)) for output in core.outputs], 1)
+    torch.testing.assert_close(values, snapshot(core.pixels(u)), rtol=1e-9, atol=1e-9)
+    plain = replace(core, input_weight=Matrix(core.input_weight.whole))
+    p = torch.randn(core.input_weight.shape[0], 7, dtype=torch.float64)
+    for stem, multiplied_out in [(core, plain), *zip(core.prefixes, plain.prefixes, strict=True)]:
+        torch.testing.assert_close(stem.evaluate(u), multiplied_out.evaluate(u))
+        rows = stem.input_weight.shape[0]
+        torch.testing.assert_close(
+            stem.input_weight.transposed_times(p[:rows]), plain.input_weight.whole[:rows].T @ p[:rows]
+        )
+    expected = crown(snapshot, core.region, intermediate_boxes(snapshot, core.region))[0][0]
+    relaxation = Relaxation.on(core, core.lb, core.ub)
+    lines = relaxation.slopes(relaxation.default())
+    found = torch.stack([backward(core, lines, output, core.lb.new_ones(1)).low[0] for output in core.outputs])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_neurons_that_read_the_input_past_the_stem_have_it_multiplied_out() -> None:
+    class Past(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.beside = nn.Conv2d(1, 2, 3, stride=2), nn.Conv2d(1, 2, 3, stride=2)
+            self.rest = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(32, 40), nn.ReLU(), nn.Linear(40, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rest(torch.relu(self.stem(x)) + self.beside(x))
+
+    torch.manual_seed(0)
+    core, snapshot = cored(Past(), torch.rand(1, 1, 9, 9), LinfBall(0.1))
+    assert isinstance(core.input_weight, Matrix) and core.layers[1].reads.stop > 0
+    u = units(core, 50, torch.Generator().manual_seed(0))
+    values = torch.stack([output(u, core.evaluate(u)) for output in core.outputs], 1)
+    torch.testing.assert_close(values, snapshot(core.pixels(u)), rtol=1e-9, atol=1e-9)
 
 
 def test_a_prefix_is_the_core_of_the_first_layers() -> None:

@@ -20,7 +20,7 @@ from certify.bab.domains import bounded
 from certify.bab.search import Plan, Result, Search
 from certify.bab.tighten import tighten
 from certify.bab.triangle import Triangle
-from certify.bab.unstable_core import Core, core_of
+from certify.bab.unstable_core import Chained, Core, core_of
 from certify.bounds.crown import intermediate_boxes
 from certify.branching.babsr import BaBSR
 from certify.branching.kfsb import KFSB
@@ -29,7 +29,7 @@ from certify.precision import ALLOWANCES, rounding_size
 from certify.region import Region
 from certify.spec import margin_spec
 from certify.verifiers.bab import BranchAndBound
-from tests.certify.bab.cores import before, whole
+from tests.certify.bab.cores import STEMS, before, stem_problem, units, whole
 
 SCALES = (1.0, 1e3)
 SEEDS = (0, 1, 2)
@@ -56,7 +56,11 @@ def thin(seed: int, scale: float) -> nn.Sequential:
 
 def cores(seed: int, scale: float) -> tuple[Core, Core, Tensor]:
     """(core in float32, core in float64 with the same neurons, rounding sizes of the rows in float32)."""
-    model, x, ball = thin(seed, scale), torch.full((1, INPUTS), 0.5), LinfBall(EPS)
+    return both(thin(seed, scale), torch.full((1, INPUTS), 0.5), LinfBall(EPS))
+
+
+def both(model: nn.Module, x: Tensor, ball: LinfBall) -> tuple[Core, Core, Tensor]:
+    """The same for any network."""
     label = model(x).argmax(1)
     made = []
     boxes = None
@@ -92,17 +96,38 @@ def near_edges(core: Core, count: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_neurons_of_the_network_lie_within_the_slack_of_the_core(seed: int, scale: float) -> None:
     core, exact, _ = cores(seed, scale)
-    u = near_edges(exact, 400, seed)
+    assert_slack_covers_the_core(core, exact, near_edges(exact, 400, seed))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("seed", STEMS)
+def test_neurons_behind_a_stem_do_too(seed: int, scale: float) -> None:
+    model, x, ball = stem_problem(seed)
+    for layer, factor in ((model[0], scale), (model[2], 1 / scale)):
+        layer.weight.data *= factor
+        layer.bias.data *= scale if layer is model[0] else 1
+    core, exact, _ = both(model, x, ball)
+    assert isinstance(core.input_weight, Chained)
+    assert_slack_covers_the_core(core, exact, units(exact, 400, torch.Generator().manual_seed(seed)))
+
+
+def assert_slack_covers_the_core(core: Core, exact: Core, u: Tensor) -> None:
+    """The neurons of `exact` are where those that `core` computes are, up to its slack, and not exactly there."""
     z, _ = before(exact, u)
-    a = torch.empty_like(z)
-    values = core.bias.double().repeat(1, u.shape[1])
-    values[: core.input_weight.shape[0]] += core.input_weight.whole.double() @ u
-    for layer in core.layers:
-        values[layer.part] += layer.weight.whole.double() @ a[layer.reads]
-        a[layer.part] = layer.op.forward(values[layer.part])
-    off = (values - z).abs().amax(1, keepdim=True)
-    assert (off <= core.slack).all()
-    assert (off > 0).any()
+    read = [core.input_weight.whole.double() @ u]
+    if isinstance(core.input_weight, Chained):
+        front, near, deep = core.input_weight.front.whole.double() @ u, core.input_weight.near, core.input_weight.deep
+        read.append(torch.cat([front[:near], deep.whole.double() @ front[near:]]))
+    for product in read:
+        a = torch.empty_like(z)
+        values = core.bias.double().repeat(1, u.shape[1])
+        values[: len(product)] += product
+        for layer in core.layers:
+            values[layer.part] += layer.weight.whole.double() @ a[layer.reads]
+            a[layer.part] = layer.op.forward(values[layer.part])
+        off = (values - z).abs().amax(1, keepdim=True)
+        assert (off <= core.slack).all()
+        assert (off > 0).any()
 
 
 @pytest.mark.parametrize("scale", SCALES)
