@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from attacks.registry import UnknownName
 from attacks.threat import Ball, make_ball
 from robust.layout import own_names
-from robust.model import MODELS
+from robust.model import MODELS, names_file
 from robust.tensor_file import (
     CheckpointError,
     content_hash,
@@ -56,8 +56,9 @@ class Checkpoint:
 
     Attributes:
         model: the network, pixels in [0, 1] to logits.
-        settings: JSON values. `model` (text that MODELS parses), `input_shape` (C, H, W), `classes` (number of logits),
-            `mean` and `std` (one value per channel) rebuild the network; the rest belongs to the caller.
+        settings: JSON values. `model` (text that MODELS parses, or FILE.py:NAME), `input_shape` (C, H, W), `classes`
+            (number of logits), `mean` and `std` (one value per channel) rebuild the network; the rest belongs to the
+            caller.
         ball: the threat model that the model was trained for; eps is one number.
         metrics: what was measured, by name.
         extra: anything else that JSON can hold.
@@ -90,16 +91,21 @@ class Checkpoint:
         }
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, network: nn.Module | None = None) -> Checkpoint:
     """Rebuild the checkpoint in `path`: its model is on the CPU and in evaluation mode.
 
+    Args:
+        network: to put the weights into; None to build what the settings name, which a network of the user's own file
+            needs: no checkpoint makes code run.
+
     Raises:
-        CheckpointError: the file is missing, pickled, truncated, damaged, somebody else's, or names an unknown model.
+        CheckpointError: the file is missing, pickled, truncated, damaged, somebody else's, names an unknown model or
+            a file of Python, or does not fit the network.
     """
     tensors, metadata = load_tensors(path)
     if metadata.get("kind") != KIND:
         raise CheckpointError(f"{path}: holds {metadata.get('kind', 'tensors')!r}, expected a checkpoint")
-    model = _build(metadata["settings"], path)
+    model = _build(metadata["settings"], path) if network is None else network
     _match_precision(model, tensors)
     _copy_weights(tensors, model, path)
     return Checkpoint(
@@ -158,6 +164,11 @@ def _build(settings: Mapping[str, Any], path: Path) -> nn.Module:
     missing = [name for name in needed if name not in settings]
     if missing:
         raise CheckpointError(f"{path}: its settings lack {', '.join(missing)}, so the model cannot be rebuilt")
+    if names_file(settings["model"]):
+        raise CheckpointError(
+            f"{path}: its network is in {settings['model'].partition(':')[0]}, and no checkpoint makes code run; "
+            f"name it yourself: --model {settings['model']}"
+        )
     try:
         architecture = MODELS.parse(settings["model"])
         c, h, w = settings["input_shape"]

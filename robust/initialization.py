@@ -84,10 +84,15 @@ def ibp_std(fan_in: int) -> float:
     return math.sqrt(2 * math.pi) / fan_in
 
 
+def as_built_(model: nn.Module, generator: torch.Generator) -> None:
+    """The weights that the network comes with: a user's own may be trained ones."""
+
+
 INITIALIZATIONS: dict[str, Initialization] = {
     "default": default_init_,
     "ibp": ibp_init_,
     "kaiming_normal": kaiming_normal_init_,
+    "as_built": as_built_,
 }
 
 

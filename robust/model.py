@@ -12,6 +12,11 @@ from attacks.registry import Registry
 MODELS = Registry("model", "robust.models")
 
 
+def names_file(text: str) -> bool:
+    """Whether the text of a model, FILE.py:NAME, names a network of the user's own."""
+    return text.partition(":")[0].endswith(".py")
+
+
 class Architecture(Protocol):
     """Frozen dataclass of sizes; called with the problem it returns a freshly initialised network.
 

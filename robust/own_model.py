@@ -17,16 +17,29 @@ from torch import nn
 
 from certify.verdict import logits_of
 from robust.dataset import DataSet
-from robust.model import MODELS
+from robust.model import MODELS, names_file
 
 
 class OwnModelError(ValueError):
     """A file, a name in it or a network that cannot be used; the message is one line."""
 
 
-def is_own(text: str) -> bool:
-    """Whether the text names a file of Python rather than a registered architecture."""
-    return text.partition(":")[0].endswith(".py")
+def check_named(text: str) -> None:
+    """OwnModelError where the text names no file, or no network in it; nothing is run."""
+    file, _, name = text.partition(":")
+    if not Path(file).is_file():
+        raise OwnModelError(f"--model: there is no file {file} (looked for {Path(file).resolve()})")
+    if not name:
+        raise OwnModelError(f"--model {text}: which network? write --model {file}:NAME")
+
+
+def own_network(text: str) -> nn.Module | None:
+    """The user's network; None where the text names a registered architecture.
+
+    Raises:
+        OwnModelError: no such file or name, or code that fails.
+    """
+    return _build(text) if names_file(text) else None
 
 
 def model_for(text: str, data: DataSet) -> nn.Module:
@@ -36,7 +49,7 @@ def model_for(text: str, data: DataSet) -> nn.Module:
         OwnModelError: no such file or name, code that fails, or a network that does not take the data set's images.
         UnknownName: no such architecture.
     """
-    if not is_own(text):
+    if not names_file(text):
         return MODELS.parse(text)(data.input_shape, len(data.classes), data.mean, data.std)
     model = _build(text)
     _check_fits(model, text, data)

@@ -12,7 +12,9 @@ from robust.dataset import DataSet, parse_dataset
 from robust.flags import count
 from robust.hub import local_checkpoint
 from robust.images import Images
-from robust.own_model import model_for
+from robust.model import names_file
+from robust.own_model import model_for, own_network
+from robust.tensor_file import written_here
 
 
 def add_problem(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +25,7 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norm", help="linf, l2 or l1 (default: the checkpoint's)")
     parser.add_argument(
         "--model",
-        help="architecture of a plain state dict: a registered one, or your own as FILE.py:NAME, which is run",
+        help="architecture of a plain state dict: a registered one; or your own network as FILE.py:NAME, which is run",
     )
     parser.add_argument("--layout", help="project that wrote a plain state dict (default: found by its names)")
     parser.add_argument("--limit", type=count, metavar="N", help="only the first N images")
@@ -32,8 +34,9 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
 def problem(options: argparse.Namespace) -> tuple[Checkpoint, DataSet, Ball]:
     """Checkpoint, data and threat model that an evaluation command names; a checkpoint of the Hub is now a file."""
     options.checkpoint = local_checkpoint(options.checkpoint)
-    if options.model is None:
-        checkpoint = load(options.checkpoint)
+    own = options.model is not None and names_file(options.model) and written_here(options.checkpoint)
+    if options.model is None or own:
+        checkpoint = load(options.checkpoint, own_network(options.model) if own else None)
         if options.data is None and "data" not in checkpoint.settings:
             raise CheckpointError(f"{options.checkpoint}: does not say which data set it was trained on; give --data")
         data = parse_dataset(options.data or checkpoint.settings["data"])(options.root)

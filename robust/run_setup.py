@@ -7,14 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from certify.graph import capture
 from robust.dataset import DataSet, parse_dataset
 from robust.hook import HOOKS
 from robust.initialization import initialize_
-from robust.model import MODELS
+from robust.model import MODELS, names_file
 from robust.objective import OBJECTIVES
 from robust.optimizer import OPTIMIZERS
+from robust.own_model import check_named, model_for
 from robust.regularizer import REGULARIZERS
 from robust.schedule import SCHEDULES
 from robust.seeds import seeded
@@ -38,8 +41,18 @@ class TrainingError(RuntimeError):
 
 
 def build_model(settings: Settings, data: DataSet) -> nn.Module:
-    """The run's network with its starting weights."""
-    model = MODELS.parse(settings.model)(data.input_shape, len(data.classes), data.mean, data.std)
+    """The run's network with its starting weights.
+
+    Raises:
+        OwnModelError, UnsupportedOp, CaptureError: the user's own network cannot be used.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)  # for what an initialisation leaves as it was built
+        model = model_for(settings.model, data)
+    if names_file(settings.model):
+        capture(
+            model, torch.zeros(1, *data.input_shape)
+        )  # before an initialisation meets what it refuses
     initialize_(model, settings.init, seeded("cpu", settings.seed, "weights"))
     return model
 
@@ -50,8 +63,11 @@ def check_texts(settings: Settings) -> None:
     TrainingError where a method is not for balls of the run's norm.
     """
     parse_dataset(settings.data)
+    own = names_file(settings.model)
+    if own:
+        check_named(settings.model)
     for registry, texts in (
-        (MODELS, [settings.model]),
+        (MODELS, [] if own else [settings.model]),
         (OBJECTIVES, [settings.objective]),
         (OPTIMIZERS, [settings.optimizer]),
         (SCHEDULES, [settings.eps_schedule, settings.lr_schedule]),

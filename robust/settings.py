@@ -26,7 +26,7 @@ class Settings:
     data: str = "digits"
     """Data set: digits, mnist, cifar10, npz:FILE, folder:DIR ..."""
     model: str = "cnn5"
-    """Architecture."""
+    """Architecture, or your own network as FILE.py:NAME, which is run."""
     objective: str = "mtl_ibp"
     """Training loss."""
     norm: Literal["linf", "l2", "l1"] = "linf"
@@ -57,8 +57,8 @@ class Settings:
     """Perturbed weights at which the gradient is taken, such as awp:gamma=0.005; none for none."""
     hooks: tuple[str, ...] = ()
     """Things done on the way, such as precise_bn, ema:decay=0.999 and swa:start_epoch=65."""
-    init: Literal["default", "ibp", "kaiming_normal"] = "default"
-    """Starting weights."""
+    init: Literal["default", "ibp", "kaiming_normal", "as_built"] = "default"
+    """Starting weights; as_built keeps those that your own network comes with."""
     clip_norm: float = -1.0
     """Largest norm of a step's gradient; 0 for no clipping, -1 for the objective's: 10 for certified training, else 0.
     """

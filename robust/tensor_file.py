@@ -71,6 +71,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(text)
 
 
+def written_here(path: Path) -> bool:
+    """Whether this suite wrote the file; CheckpointError where it is missing, or a damaged safetensors file."""
+    return not pickled(path) and read_safetensors(path)[1].get("format") == FORMAT
+
+
 def content_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
     """The SHA-256 that `save_tensors` would store."""
     return _sha256(tensors, json.dumps(dict(metadata), default=_plain))

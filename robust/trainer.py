@@ -35,6 +35,7 @@ from robust.interruption import Interruption
 from robust.objective import OBJECTIVES
 from robust.objectives.natural import Natural
 from robust.optimizer import OPTIMIZERS
+from robust.own_model import own_network
 from robust.regularizer import REGULARIZERS
 from robust.run_setup import (
     BEST,
@@ -125,7 +126,7 @@ def train(
         return (out / CHECKPOINT).exists()
 
     if finished() if team is None else team.from_lead(finished):
-        return load(out / CHECKPOINT)
+        return load(out / CHECKPOINT, own_network(settings.model))
     return _Run(settings, out, torch.device(device), root, progress, tensorboard, save_every, team).run()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from certify.formats.onnx_export import export_onnx
 from robust.checkpoint import load
 from robust.hub import local_checkpoint
+from robust.own_model import own_network
 from robust.plain import plain
 
 WORDS = "write a checkpoint's network as an ONNX file"
@@ -20,10 +21,14 @@ Pixels in [0, 1] to logits, normalisation included, for any number of images. on
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="checkpoint, or hf:user/name")
     parser.add_argument("onnx", type=Path, help="file to write")
+    parser.add_argument(
+        "--model", help="your own network as FILE.py:NAME, which is run; where the checkpoint is of one"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
-    checkpoint = load(local_checkpoint(options.checkpoint))
+    own = None if options.model is None else own_network(options.model)
+    checkpoint = load(local_checkpoint(options.checkpoint), own)
     channels, height, width = checkpoint.settings["input_shape"]
     difference = export_onnx(plain(checkpoint.model), (channels, height, width), options.onnx)
     print(f"{options.onnx}: logits within {difference:.1e} of the checkpoint's")

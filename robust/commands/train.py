@@ -19,6 +19,7 @@ from robust.dry_run import dry_train
 from robust.flags import add_dry_run, add_json, add_machine, own_device, usable_device
 from robust.hook import HOOKS
 from robust.hooks.fedavg import FedAvg
+from robust.model import names_file
 from robust.run_setup import CHECKPOINT, STATE, TrainingError, check_texts, refuse_other_settings
 from robust.schedule import SCHEDULES
 from robust.settings import Settings, load_recipe
@@ -129,7 +130,8 @@ def _conclude(settings: Settings, out: Path, checkpoint: Checkpoint) -> dict[str
         print(f"validation: {', '.join(rates)} ({settings.validator})")
     print(f"checkpoint: {out / CHECKPOINT}")
     command = "attack" if "validation/under_attack" in checkpoint.metrics else "certify"
-    print(f"next: robust {command} {out / CHECKPOINT}")
+    own = f" --model {settings.model}" if names_file(settings.model) else ""
+    print(f"next: robust {command} {out / CHECKPOINT}{own}")
     return {"checkpoint": str(out / CHECKPOINT), "metrics": checkpoint.metrics, "settings": settings.to_dict()}
 
 

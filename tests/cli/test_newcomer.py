@@ -137,7 +137,7 @@ def test_code_that_only_a_checkpoint_names_is_never_run(mine: Path, capsys: pyte
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(108, 2))
     Checkpoint(net, {**facts, "data": "folder:my_images"}, LinfBall(0.1)).save(Path("evil.safetensors"))
     assert main(["certify", "evil.safetensors", "--quiet", "--no-curve", "--device", "cpu"]) == 2
-    assert "no model named 'evil.py'" in capsys.readouterr().err and not Path("it_ran").exists()
+    assert "no checkpoint makes code run" in capsys.readouterr().err and not Path("it_ran").exists()
     assert main(asked(CERTIFY, model="evil.py:Net")) == 0 and Path("it_ran").exists(), "named by the user, it runs"
 
 

@@ -15,7 +15,7 @@ FLAGS = {
     "certify": {*EVALUATION, "verifier", *RESULT},
     "attack": {*EVALUATION, "attack", *RESULT},
     "lipschitz": {*EVALUATION, "method", "margins", "states", "timeout", "json"},
-    "export": set(),
+    "export": {"model"},
     "push": {"reports", "private"},
     "vnnlib": {"timeout", "out"},
     "compare": {"attacks", "limit", "batch-size", "out", "json"},

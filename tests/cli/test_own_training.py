@@ -1,0 +1,112 @@
+"""Training a network of the user's own file: the run, its checkpoint, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from robust.checkpoint import CheckpointError, load
+from robust.cli import main
+from robust.dataset import parse_dataset
+from robust.own_model import own_network
+from robust.run_setup import build_model
+from robust.settings import Settings
+
+NET = """
+from pathlib import Path
+import torch
+from torch import nn
+Path("was_run").touch()
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+        self.shift = nn.Parameter(0.1 * torch.rand(1, 8, 8))
+    def forward(self, x):
+        return self.body(x + self.shift)
+class Gelu(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 10), nn.GELU())
+class Branching(Net):
+    def forward(self, x):
+        return self.body(x) if x.sum() > 0 else self.body(-x)
+"""
+TRAIN = (
+    "train --data digits --model my_net.py:Net --objective ibp --eps 0.02 --eps_schedule smooth:end=1 --epochs 2 "
+    "--out run"
+)
+QUIET = ["--quiet", "--device", "cpu"]
+CERTIFY = "certify run/checkpoint.safetensors --verifier ibp --limit 30 --no-curve"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("my_net.py").write_text(NET)
+    return tmp_path
+
+
+def test_it_is_trained_certified_exported_and_not_trained_again(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TRAIN.split(), *QUIET]) == 0
+    out = capsys.readouterr().out
+    assert "next: robust certify run/checkpoint.safetensors --model my_net.py:Net" in out
+    command = [*CERTIFY.split(), "--model", "my_net.py:Net", *QUIET]
+    assert main([*command, "--out", "report"]) == 0
+    summary = json.loads(Path("report/summary.json").read_text())
+    x, y = parse_dataset("digits")().test.batch(torch.arange(30))
+    model = load(Path("run/checkpoint.safetensors"), own_network("my_net.py:Net")).model
+    assert summary["clean"]["total"] == 30 and summary["clean"]["count"] == int((model(x).argmax(1) == y).sum())
+    assert main(["export", "run/checkpoint.safetensors", "net.onnx", "--model", "my_net.py:Net"]) == 0
+    before = Path("run/checkpoint.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main([*TRAIN.split(), *QUIET]) == 0
+    assert "the run in run is finished" in capsys.readouterr().out
+    assert Path("run/checkpoint.safetensors").read_bytes() == before
+
+
+def test_its_checkpoint_does_not_run_the_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TRAIN.split(), *QUIET]) == 0
+    Path("was_run").unlink()
+    assert main([*CERTIFY.split(), *QUIET]) == 2
+    err = capsys.readouterr().err
+    assert err.strip().splitlines()[-1].endswith("name it yourself: --model my_net.py:Net")
+    assert not Path("was_run").exists()
+    with pytest.raises(CheckpointError, match="the weights do not fit the model"):
+        load(Path("run/checkpoint.safetensors"), nn.Linear(2, 2))
+
+
+def test_two_runs_of_a_seed_start_from_the_same_weights_and_as_built_keeps_the_files(here: Path) -> None:
+    data = parse_dataset("digits")()
+    settings = {"data": "digits", "model": "my_net.py:Net", "seed": 3}
+    one, two = (build_model(Settings(**settings), data).state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    built = build_model(Settings(**settings, init="as_built"), data).state_dict()
+    torch.manual_seed(3)
+    scope: dict[str, type[nn.Module]] = {}
+    exec(NET, scope)
+    expected = scope["Net"]().state_dict()
+    assert all(torch.equal(built[name], expected[name]) for name in expected)
+    assert not torch.equal(one["body.1.weight"], built["body.1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("no_net.py:Net", "--model: there is no file no_net.py"),
+        ("my_net.py", "--model my_net.py: which network? write --model my_net.py:NAME"),
+        ("my_net.py:Other", "no 'Other' in the file; my_net.py defines Net, Gelu, Branching"),
+        ("my_net.py:Gelu", "no bound rule for nn.GELU"),
+        ("my_net.py:Branching --init ibp", "control flow must not depend on tensor values"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], model: str, words: str
+) -> None:
+    assert main([*TRAIN.replace("my_net.py:Net", model).split(), *QUIET]) == 2
+    err = capsys.readouterr().err.strip()
+    assert words in err and "\n" not in err
+    assert not Path("run/checkpoint.safetensors").exists()
