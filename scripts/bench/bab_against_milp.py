@@ -24,8 +24,8 @@ import torch
 from certify.verifier import VERIFIERS
 from tests.certify.bab.problems import random_problem
 
-MILP_ALLOWANCE = 1e-3
-"""Share of a margin by which the tolerances of the solver may have lowered it."""
+MILP_ALLOWANCE = 1e-2
+"""Share of a margin by which `milp` may have lowered it for the solver's tolerances; up to 0.7 % in 20,000 problems."""
 
 
 def row(seed: int, bab: str, milp: str) -> dict[str, object]:
