@@ -25,7 +25,7 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norm", help="linf, l2 or l1 (default: the checkpoint's)")
     parser.add_argument(
         "--model",
-        help="architecture of a plain state dict: a registered one; or your own network as FILE.py:NAME, which is run",
+        help="architecture of a plain state dict, or your own network as FILE.py:NAME, which is run",
     )
     parser.add_argument("--layout", help="project that wrote a plain state dict (default: found by its names)")
     parser.add_argument("--limit", type=count, metavar="N", help="only the first N images")

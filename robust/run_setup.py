@@ -50,9 +50,8 @@ def build_model(settings: Settings, data: DataSet) -> nn.Module:
         torch.manual_seed(settings.seed)  # for what an initialisation leaves as it was built
         model = model_for(settings.model, data)
     if names_file(settings.model):
-        capture(
-            model, torch.zeros(1, *data.input_shape)
-        )  # before an initialisation meets what it refuses
+        # Before an initialisation meets what training refuses anyway.
+        capture(model, torch.zeros(1, *data.input_shape))
     initialize_(model, settings.init, seeded("cpu", settings.seed, "weights"))
     return model
 

@@ -4,9 +4,9 @@ On one region most neurons are stable. What stands between the unstable ones is 
 so branch and bound needs neither convolutions nor a graph: a bound of many domains is one product with a matrix per
 layer of unstable neurons. Convolutional nets give matrices that are mostly zero; those are stored sparse.
 
-Shape letters of this package: D domains (columns), N unstable neurons in topological order, M inputs, R rows of the
-specification. Tensors are feature-major, `[N, D]`: a layer is a contiguous block, and sparse products want it so.
-The input is written `center + radius * u`; for an l_inf ball, u is any point of [-1, 1]^M.
+Shape letters of this package: D domains (columns), N unstable neurons in topological order, M inputs, S stable neurons
+of the first activation, R rows of the specification. Tensors are feature-major, `[N, D]`: a layer is a contiguous
+block, and sparse products want it so. The input is written `center + radius * u`; for an l_inf ball, u is any point of [-1, 1]^M.
 """
 
 from __future__ import annotations
@@ -361,9 +361,7 @@ class _Builder:
         weight, bias = self.rows(last, torch.arange(rows, device=self.region.center.device))
         outputs = [
             Affine(x.unsqueeze(1), a.unsqueeze(1), c)
-            for x, a, c in zip(
-                self.of_unit(weight).whole, weight[:, self.front :], self.at_center(weight, bias), strict=True
-            )
+            for x, a, c in zip(self.of_unit(weight), weight[:, self.front :], self.at_center(weight, bias), strict=True)
         ]
         layers = tuple(self.layers.values())
         ends = [self.ends(layer) for layer in layers]
@@ -379,7 +377,7 @@ class _Builder:
         return Core(
             self.region,
             layers,
-            self.of_unit(weight[: int(reading[-1]) + 1 if len(reading) else 0]),
+            self.input_map(weight[: int(reading[-1]) + 1 if len(reading) else 0]),
             self.at_center(weight, torch.cat([*self.biases, empty[:, :1]])),
             lb,
             ub,
@@ -390,17 +388,21 @@ class _Builder:
             tuple(outputs),
         )
 
-    def of_unit(self, weight: Tensor) -> Matrix | Chained:
-        """The matrix of u for weights `[n, >= M + S]` of the input and the stem."""
-        radius = self.region.radius.flatten()
-        direct, through = weight[:, : self.inputs] * radius, weight[:, self.inputs : self.front]
-        if self.stem is None:
-            return Matrix(direct)
-        stem = self.stem.weight * radius
+    def of_unit(self, weight: Tensor) -> Tensor:
+        """Weights of u, `[n, M]`, for weights `[n, >= M + S]` of the input and the stem."""
+        direct = weight[:, : self.inputs]
+        if self.stem is not None:
+            direct = direct + weight[:, self.inputs : self.front] @ self.stem.weight
+        return direct * self.region.radius.flatten()
+
+    def input_map(self, weight: Tensor) -> Matrix | Chained:
+        """The same as a matrix, multiplied out only where a neuron behind the stem reads the input past it."""
+        direct, through = weight[:, : self.inputs], weight[:, self.inputs : self.front]
         near = int(direct.count_nonzero(1).nonzero().max()) + 1 if bool(direct.any()) else 0
-        if near == len(weight) or bool(through[:near].any()):
-            return Matrix(direct + through @ stem)
-        return Chained(Matrix(torch.cat([direct[:near], stem])), near, Matrix(through[near:].contiguous()))
+        if self.stem is None or near == len(weight) or bool(through[:near].any()):
+            return Matrix(self.of_unit(weight))
+        front = torch.cat([direct[:near], self.stem.weight]) * self.region.radius.flatten()
+        return Chained(Matrix(front), near, Matrix(through[near:].contiguous()))
 
     def at_center(self, weight: Tensor, bias: Tensor) -> Tensor:
         """The bias `[n, 1]` that belongs to u, for the same weights and their bias."""
