@@ -6,7 +6,8 @@ layer of unstable neurons. Convolutional nets give matrices that are mostly zero
 
 Shape letters of this package: D domains (columns), N unstable neurons in topological order, M inputs, S stable neurons
 of the first activation, R rows of the specification. Tensors are feature-major, `[N, D]`: a layer is a contiguous
-block, and sparse products want it so. The input is written `center + radius * u`; for an l_inf ball, u is any point of [-1, 1]^M.
+block, and sparse products want it so. The input is written `center + radius * u`; for an l_inf ball, u is any point of
+[-1, 1]^M.
 """
 
 from __future__ import annotations
