@@ -20,13 +20,16 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     "$python" -m pip install --quiet --disable-pip-version-check --editable '.[test]'
     # Packages that tests compare with or adapt. Without their dependencies: torchattacks pins a release of requests of
     # 2021, auto-LiRPA a torch of 2022, and robustbench a timm and more than its architectures import.
-    packages="torchattacks==3.5.1 pyautoattack==0.2.0 auto-LiRPA==0.3 foolbox==3.3.4 robustbench==1.1 timm"
+    packages="torchattacks==3.5.1 pyautoattack==0.2.0 auto-LiRPA==0.3 foolbox==3.3.4 timm"
     install() { "$python" -m pip install --quiet --disable-pip-version-check "$@"; }
     # shellcheck disable=SC2086
     install --no-deps $packages || for package in $packages; do
         install --no-deps "$package" ||
             echo "note: $package could not be installed; the tests that need it are skipped (remove $stamp to try again)" >&2
     done
+    # By itself and last: torchattacks brings a robustbench of its own along, without the benchmark.
+    install --no-deps --force-reinstall robustbench==1.1 ||
+        echo "note: robustbench could not be installed; the tests that need it are skipped (remove $stamp to try again)" >&2
     # What these import; RobustBench asks setuptools for pkg_resources.
     install requests eagerpy GitPython pyyaml appdirs huggingface_hub geotorch torchdiffeq gdown pandas 'setuptools<81' ||
         echo "note: tests with RobustBench, Foolbox and the Hugging Face Hub are skipped (remove $stamp to try again)" >&2

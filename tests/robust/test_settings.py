@@ -82,7 +82,7 @@ def test_a_radius_may_be_a_fraction_or_a_number(value, eps):
         ({"hooks": "precise_bn"}, "hooks: expected a list of texts, got 'precise_bn'"),
         ({"hooks": [1]}, r"hooks: expected a list of texts, got \[1\]"),
         ({"norm": "l3"}, "norm: expected one of linf, l2, l1, got 'l3'"),
-        ({"init": "xavier"}, "init: expected one of default, ibp, kaiming_normal, got 'xavier'"),
+        ({"init": "xavier"}, "init: expected one of default, ibp, kaiming_normal, as_built, got 'xavier'"),
         ({"epochs": 0}, "epochs=0: expected at least 1"),
         ({"batch_size": 0}, "batch_size=0: expected at least 1"),
         ({"validate_every": 0}, "validate_every=0: expected at least 1"),
