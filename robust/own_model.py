@@ -33,13 +33,15 @@ def check_named(text: str) -> None:
         raise OwnModelError(f"--model {text}: which network? write --model {file}:NAME")
 
 
-def own_network(text: str) -> nn.Module | None:
-    """The user's network; None where the text names a registered architecture.
+def own_network(text: str) -> nn.Module:
+    """The user's network.
 
     Raises:
-        OwnModelError: no such file or name, or code that fails.
+        OwnModelError: the text names no file of Python, or there is no such file or name in it, or its code fails.
     """
-    return _build(text) if names_file(text) else None
+    if not names_file(text):
+        raise OwnModelError(f"--model {text}: expected your own network, FILE.py:NAME; a checkpoint names any other")
+    return _build(text)
 
 
 def model_for(text: str, data: DataSet) -> nn.Module:

@@ -32,6 +32,7 @@ from robust.checkpoint import Checkpoint, load
 from robust.files import JsonLines, write_whole
 from robust.hook import HOOKS
 from robust.interruption import Interruption
+from robust.model import names_file
 from robust.objective import OBJECTIVES
 from robust.objectives.natural import Natural
 from robust.optimizer import OPTIMIZERS
@@ -126,7 +127,8 @@ def train(
         return (out / CHECKPOINT).exists()
 
     if finished() if team is None else team.from_lead(finished):
-        return load(out / CHECKPOINT, own_network(settings.model))
+        own = own_network(settings.model) if names_file(settings.model) else None
+        return load(out / CHECKPOINT, own)
     return _Run(settings, out, torch.device(device), root, progress, tensorboard, save_every, team).run()
 
 

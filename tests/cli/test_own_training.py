@@ -79,6 +79,13 @@ def test_its_checkpoint_does_not_run_the_file(here: Path, capsys: pytest.Capture
         load(Path("run/checkpoint.safetensors"), nn.Linear(2, 2))
 
 
+def test_export_takes_no_other_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TRAIN.split(), *QUIET]) == 0
+    assert main(["export", "run/checkpoint.safetensors", "net.onnx", "--model", "cnn3"]) == 2
+    assert "--model cnn3: expected your own network, FILE.py:NAME" in capsys.readouterr().err
+    assert not Path("net.onnx").exists()
+
+
 def test_two_runs_of_a_seed_start_from_the_same_weights_and_as_built_keeps_the_files(here: Path) -> None:
     data = parse_dataset("digits")()
     settings = {"data": "digits", "model": "my_net.py:Net", "seed": 3}

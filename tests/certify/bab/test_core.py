@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from attacks.threat import Ball, L1Ball, L2Ball, LinfBall
 from certify.bab.ascent import Relaxation
 from certify.bab.dual import backward, minimiser, minimum
-from certify.bab.unstable_core import Matrix, core_of
+from certify.bab.unstable_core import Chained, Matrix, core_of
 from certify.bounds.crown import crown, intermediate_boxes
 from certify.op import UnsupportedOp
 from robust.min_max import MinMax
-from tests.certify.bab.cores import STEMS, cored, ended, random_core, small_core, stem_core, units
+from tests.certify.bab.cores import STEMS, cored, ended, random_core, small_core, stem_core, stem_problem, units
 from tests.certify.bab.problems import KINDS
 from tests.certify.networks import KINDS as BLOCKS
 from tests.certify.networks import VARIANTS, Block, layer
@@ -100,6 +100,19 @@ def test_a_stem_changes_neither_values_nor_bounds(seed: int) -> None:
     lines = relaxation.slopes(relaxation.default())
     found = torch.stack([backward(core, lines, output, core.lb.new_ones(1)).low[0] for output in core.outputs])
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_first_activation_without_unstable_neurons_is_a_stem_all_the_same() -> None:
+    model, x, ball = stem_problem(5)
+    model[0].bias.data += 5.0
+    model[2].bias.data -= 5.0 * model[2].weight.data.sum((1, 2, 3))
+    core, snapshot = cored(model, x, ball)
+    assert isinstance(core.input_weight, Chained) and core.input_weight.near == 0 and len(core.layers[0].index) == 0
+    u = units(core, 50, torch.Generator().manual_seed(0))
+    values = torch.stack([output(u, core.evaluate(u)) for output in core.outputs], 1)
+    torch.testing.assert_close(values, snapshot(core.pixels(u)), rtol=1e-9, atol=1e-9)
+    for prefix in core.prefixes:
+        torch.testing.assert_close(prefix.evaluate(u), core.evaluate(u)[: len(prefix)])
 
 
 def test_neurons_that_read_the_input_past_the_stem_have_it_multiplied_out() -> None:
