@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from attacks.threat import Ball, LinfBall
 from certify.bab.ascent import Point, Relaxation, Task, ascend
 from certify.bab.domains import Domains
-from certify.bab.unstable_core import Affine, Chained, Core, core_of
+from certify.bab.matrix import Chained
+from certify.bab.unstable_core import Affine, Core, core_of
 from certify.bounds.crown import intermediate_boxes
 from certify.graph import Snapshot, capture
 from certify.region import Region

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from attacks.threat import Ball, L1Ball, L2Ball, LinfBall
 from certify.bab.ascent import Relaxation
 from certify.bab.dual import backward, minimiser, minimum
-from certify.bab.unstable_core import Chained, Matrix, core_of
+from certify.bab.matrix import Chained, Matrix
+from certify.bab.unstable_core import core_of
 from certify.bounds.crown import crown, intermediate_boxes
 from certify.op import UnsupportedOp
 from robust.min_max import MinMax

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from attacks.threat import LinfBall
 from certify.bab.domains import bounded
+from certify.bab.matrix import Chained
 from certify.bab.search import Plan, Result, Search
 from certify.bab.tighten import tighten
 from certify.bab.triangle import Triangle
-from certify.bab.unstable_core import Chained, Core, core_of
+from certify.bab.unstable_core import Core, core_of
 from certify.bounds.crown import intermediate_boxes
 from certify.branching.babsr import BaBSR
 from certify.branching.kfsb import KFSB
