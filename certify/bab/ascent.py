@@ -113,15 +113,18 @@ class Outcome:
     Attributes:
         low: best bound, `[D]`.
         point: the last dual variables of each column.
-        A: last coefficients after activation, `[N, D]`; z: last relaxed values before it, `[N, D]`.
-        u: last minimisers of the columns that were not finished, `[M, at most D]`.
+        A: last coefficients after activation, `[N, D]`.
+        z: last relaxed values before it, `[N, D]`; nan in finished columns, where nothing is left to be done with them.
+        u: last minimisers of the columns that were not finished, `[M, at most D]`; fed: what the input adds to the
+            values before activation there, `[n, at most D]`. None where all are finished, or none were asked for.
     """
 
     low: Tensor
     point: Point
     A: Tensor
     z: Tensor
-    u: Tensor
+    u: Tensor | None
+    fed: Tensor | None
 
 
 @dataclass
@@ -158,6 +161,7 @@ def ascend(
     *,
     step: float = STEP,
     enough: float = math.inf,
+    minimisers: bool = True,
 ) -> Outcome:
     """Raise the bounds of all columns, each on its own.
 
@@ -166,6 +170,7 @@ def ascend(
         iterations: steps; 0 only evaluates.
         step: of alpha and of the multipliers.
         enough: a column whose bound exceeds this is finished.
+        minimisers: whether z and u of the last bounds are wanted; they cost as much as the bounds.
     """
     count = start.alpha.shape[1]
     low = start.alpha.new_full((count,), -math.inf)
@@ -173,7 +178,12 @@ def ascend(
     alpha = Adam(start.alpha.clone())
     beta = None if start.beta is None else Adam(start.beta.clone())
     multiplier = None if start.multiplier is None else Adam(start.multiplier.clone())
-    left: list[tuple[Tensor, Tensor, Tensor, Point]] = []
+    left: list[tuple[Tensor, Tensor, Tensor | None, Point]] = []
+    u = fed = None
+
+    def leave(columns: Tensor, z: Tensor | None) -> None:
+        now = Point(alpha.value, *(None if v is None else v.value for v in (beta, multiplier)))
+        left.append((live[columns], dual.A.index_select(1, columns), z, _select(now, columns)))
 
     for number in range(1, iterations + 2):
         lines = relaxation.slopes(alpha.value)
@@ -184,29 +194,26 @@ def ascend(
             pre = -held if pre is None else pre - held
         factor = low.new_ones(len(live)) if multiplier is None else multiplier.value
         dual = backward(core, lines, task.output, factor, pre)
-        u = minimiser(core, dual.x)
-        z, values = forward(core, lines, dual.A, u)
         low[live] = torch.where(dual.low > low[live], dual.low, low[live])
-        finished = low[live] > enough
-        done = int(finished.sum())
-        last = number > iterations or done == len(live)
-        if last or len(live) - done < COMPACT_BELOW * len(live):
-            out = torch.ones_like(finished) if last else finished
-            now = Point(alpha.value, *(None if v is None else v.value for v in (beta, multiplier)))
-            leaving = out.nonzero().flatten()
-            left.append((live[leaving], *(t.index_select(1, leaving) for t in (dual.A, z)), _select(now, leaving)))
-            if last:
-                break
-            kept = (~out).nonzero().flatten()
-            live, relaxation, task = live[kept], relaxation.select(kept), task.select(kept)
-            z, values, A, u = z[:, kept], values[:, kept], dual.A[:, kept], u[:, kept]
+        kept = (low[live] <= enough).nonzero().flatten()
+        last = number > iterations
+        if not len(kept) or (last and not minimisers):
+            leave(torch.arange(len(live), device=live.device), None)
+            break
+        if len(kept) < COMPACT_BELOW * len(live):
+            leave((low[live] > enough).nonzero().flatten(), None)
+            live, relaxation, task, lines, dual = live[kept], *(_select(r, kept) for r in (relaxation, task, lines, dual))
             for variable in (alpha, beta, multiplier):
                 if variable is not None:
                     variable.select(kept)
-        else:
-            A = dual.A
+        u = minimiser(core, dual.x)
+        fed = core.input_weight.times(u)
+        z, values = forward(core, lines, dual.A, fed)
+        if last:
+            leave(torch.arange(len(live), device=live.device), z)
+            break
         size = step * DECAY ** (number - 1)
-        alpha.step(torch.where(relaxation.unstable, A.clamp(min=0) * z, 0.0), size, number)
+        alpha.step(torch.where(relaxation.unstable, dual.A.clamp(min=0) * z, 0.0), size, number)
         alpha.value.clamp_(0, 1)
         if beta is not None:
             assert task.sign is not None
@@ -216,13 +223,17 @@ def ascend(
             multiplier.step(task.output(u, values), size, number)
             multiplier.value.clamp_(min=0)
     order = torch.cat([columns for columns, *_ in left]).argsort()
-    A, z = (torch.cat([part[i] for part in left], 1)[:, order] for i in (1, 2))  # type: ignore[misc]
+    A = _joined([part[1] for part in left], order)
+    z = _joined([part[1].new_full(part[1].shape, math.nan) if part[2] is None else part[2] for part in left], order)
     point = Point(*(_joined([getattr(part[3], f.name) for part in left], order) for f in fields(Point)))  # type: ignore[arg-type]
-    return Outcome(low, point, A, z, u)
+    assert A is not None and z is not None
+    return Outcome(low, point, A, z, u, fed)
 
 
 def _joined(parts: list[Tensor | None], order: Tensor) -> Tensor | None:
-    return None if parts[0] is None else torch.cat([p for p in parts if p is not None], -1)[..., order]
+    if len(parts) == 1 or parts[0] is None:
+        return parts[0]
+    return torch.cat([p for p in parts if p is not None], -1).index_select(-1, order)
 
 
 def _select(record, columns: Tensor):  # type: ignore[no-untyped-def]

@@ -58,7 +58,8 @@ def best_candidate(
     column = torch.arange(count, device=candidates.device).repeat(kinds)
     children = domains[column].halves(candidates.flatten())
     start = Point(children.alpha, children.beta)
-    found = ascend(core, children.relaxation(core), Task(output, sign=children.sign), start, iterations, enough=0.0)
+    task = Task(output, sign=children.sign)
+    found = ascend(core, children.relaxation(core), task, start, iterations, enough=0.0, minimisers=False)
     low = torch.maximum(found.low.view(2, kinds, count), domains.low).clamp(max=0)
     gains = (low - domains.low).clamp(min=LEAST_GAIN)
     if reduce == "product":

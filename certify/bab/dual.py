@@ -135,14 +135,18 @@ def _per_pixel(core: Core, x: Tensor) -> Tensor:
     return torch.where(radius > 0, x.T / torch.where(radius > 0, radius, 1.0), 0.0)
 
 
-def forward(core: Core, lines: Slopes, A: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Values (before, after) activation, each `[N, D]`, at `u` along the lines that the coefficients `A` choose."""
+def forward(core: Core, lines: Slopes, A: Tensor, fed: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (before, after) activation, each `[N, D]`, along the lines that the coefficients `A` choose.
+
+    Args:
+        fed: what the input adds to the values before activation, `[n, D]`: `input_weight u`.
+    """
     rising = A >= 0
     slope = torch.where(rising, lines.lower, lines.upper)
     low = 0.0 if lines.lower_intercept is None else lines.lower_intercept
     intercept = torch.where(rising, low, lines.upper_intercept)
-    z = core.bias.repeat(1, u.shape[1])
-    z[: core.input_weight.shape[0]] += core.input_weight.times(u)
+    z = core.bias.repeat(1, fed.shape[1])
+    z[: len(fed)] += fed
     a = torch.empty_like(z)
     for layer in core.layers:
         part = layer.part

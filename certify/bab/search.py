@@ -201,17 +201,18 @@ class Search:
         """Raise the bounds; the minimisers are tried as counterexamples."""
         self.result.domains += len(domains)
         raised, found = bounded(self.core, domains, self.output, iterations, enough=0.0)
-        self.try_points(found.u)
+        if found.u is not None:
+            self.try_points(found.u, found.fed)
         return raised
 
-    def try_points(self, u: Tensor) -> None:
+    def try_points(self, u: Tensor, fed: Tensor | None = None) -> None:
         """Take the worst of the points `[M, D]` for a witness, if the property does not hold there."""
-        u = self.core.inside(u)
-        exact = self.output(u, self.core.evaluate(u))
+        inside = self.core.inside(u)
+        exact = self.output(inside, self.core.evaluate(inside, fed if inside is u else None))
         worst = int(exact.argmin())
         self.seen = min(self.seen, float(exact[worst]))
         if float(exact[worst]) <= -self.threshold:
-            self.result.witness = u[:, worst : worst + 1]
+            self.result.witness = inside[:, worst : worst + 1]
 
     @staticmethod
     def proven(domains: Domains) -> Tensor:

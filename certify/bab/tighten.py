@@ -126,4 +126,4 @@ def _bound(
     unit[layer.part.start + columns % count, torch.arange(len(columns), device=columns.device)] = side
     assert start.multiplier is not None
     begin = Point(start.alpha[:, columns], None, start.multiplier[columns])
-    return ascend(core, relaxation, Task(output, unit), begin, iterations, enough=0.0)
+    return ascend(core, relaxation, Task(output, unit), begin, iterations, enough=0.0, minimisers=False)

@@ -109,10 +109,14 @@ class Core:
             **{name: getattr(self, name)[:end] for name in ("bias", "lb", "ub", "slack", "slope", "splittable")},
         )
 
-    def evaluate(self, u: Tensor) -> Tensor:
-        """The network itself: values after activation `[N, D]` at `u` `[M, D]`."""
+    def evaluate(self, u: Tensor, fed: Tensor | None = None) -> Tensor:
+        """The network itself: values after activation `[N, D]` at `u` `[M, D]`.
+
+        Args:
+            fed: `input_weight u`, where it is known.
+        """
         values = self.bias.repeat(1, u.shape[1])
-        values[: self.input_weight.shape[0]] += self.input_weight.times(u)
+        values[: self.input_weight.shape[0]] += self.input_weight.times(u) if fed is None else fed
         for layer in self.layers:
             z = values[layer.part] + layer.weight.times(values[layer.reads])
             values[layer.part] = layer.op.forward(z)

@@ -68,7 +68,7 @@ def test_a_bound_is_the_value_along_the_lines_it_chose(name: str) -> None:
     for output in core.outputs:
         dual = backward(core, lines, output, one)
         u = minimiser(core, dual.x)
-        _, a = forward(core, lines, dual.A, u)
+        _, a = forward(core, lines, dual.A, core.input_weight.times(u))
         torch.testing.assert_close(output(u, a), dual.low, rtol=1e-7, atol=1e-7)  # less its allowance
 
 
@@ -158,7 +158,10 @@ def test_both_children_cover_their_parent(seed: int) -> None:
     whole_, parts = inside(domains, z), inside(children, z).view(2, len(domains), -1)
     assert (whole_ == parts.any(0)).all()
     for place, neuron in enumerate(neurons.tolist()):
-        ends = [(float(c.lb[neuron]), float(c.ub[neuron])) for c in (children[place], children[place + len(domains)])]
+        ends = [
+            (float(children.lb[neuron, child]), float(children.ub[neuron, child]))
+            for child in (place, place + len(domains))
+        ]
         assert ends == [(0.0, float(domains.ub[neuron, place])), (float(domains.lb[neuron, place]), 0.0)]
 
 
