@@ -3,7 +3,7 @@
 Plain branch and bound splits neurons and bounds many children in one pass, on boxes inherited from the root. It is
 quick where some hundred splits suffice. Elsewhere the number of splits grows exponentially, while tightening the boxes
 of a domain on its possible counterexamples (`certify.bab.tighten`) closes most of the gap for the price of some hundred
-children. So every node is first given to plain search with a budget worth one tightening; if that does not finish, its
+children. So every node is first given to plain search with a budget worth two tightenings; if that does not finish, its
 boxes are tightened, and it is split into two nodes, which inherit the tighter boxes.
 
 A node with few unstable neurons is finished by linear programs (`certify.bab.triangle`) instead: they take as long as
@@ -104,6 +104,9 @@ SPARE = 2.0**-10
 
 LEAF_ITERATIONS = 200
 """Ascent steps in a domain without unstable neurons where a linear program does not have the exact answer."""
+
+UNEVEN = 2.0
+"""Size of an uneven tree over that of the even one with the same average progress."""
 
 FAIR_GAIN, PATIENCE = 0.2, 8.0
 """A tightening that closes less than this share of the gap makes plain search more patient, at most so many times."""
@@ -234,14 +237,13 @@ class Search:
         plan, core, node = self.plan, self.core, start.domain
         budget = math.inf
         if plan.tighten_iterations:
-            # Worth one tightening, or more where the last one gained little.
+            # Worth two tightenings, or more where the last one gained little.
             rows = 2 * int(loose_neurons(core, node).sum())
-            worth = rows * plan.tighten_iterations / (plan.iterations + 3)
+            worth = 2 * rows * plan.tighten_iterations / (plan.iterations + 3)
             budget = max(worth, 2 * plan.batch) * start.patience
         stack, spent, closed = [node], 0, math.inf
-        before = float(node.sign.abs().sum())
         while stack:
-            if self.over() or self.hopeless(stack, before, spent, budget):
+            if self.over() or self.hopeless(start.domain, stack, spent, budget):
                 return False
             domains = stack.pop()
             while stack and len(domains) + len(stack[-1]) <= plan.batch // 2:
@@ -270,16 +272,17 @@ class Search:
         self.closed = min(self.closed, closed)
         return True
 
-    @staticmethod
-    def hopeless(stack: list[Domains], before: float, spent: int, budget: float) -> bool:
+    def hopeless(self, start: Domains, stack: list[Domains], spent: int, budget: float) -> bool:
         """Whether a search that has bounded `spent` children will not end near its budget.
 
-        A domain d splits below the node stands for 2^-d of the tree (Knuth 1975); what is not open is done.
+        A domain whose d splits raised its bound from l to l' < 0 is taken to need d l' / (l - l') more, in both halves.
         """
-        if spent < budget / 8:
+        if spent < min(self.plan.batch, budget):
             return False
-        done = 1 - sum(float((2.0 ** (before - domains.sign.abs().sum(0))).sum()) for domains in stack)
-        return spent > budget * done
+        low = torch.cat([domains.low for domains in stack])
+        splits = torch.cat([domains.sign.abs().sum(0) for domains in stack]) - start.sign.abs().sum()
+        needed = splits * low / (start.low - low).clamp(max=-1e-12)
+        return spent + float((UNEVEN * 2.0 ** (needed + 1)).sum()) > budget
 
     def tighten(self, node: Node) -> Node | None:
         """The node with tighter boxes; None if it holds no counterexample."""
