@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-from certify.bab.dual import Slopes, backward, forward, minimiser
+from certify.bab.dual import Dual, Slopes, backward, forward, minimiser
 from certify.bab.unstable_core import Affine, Core
 
 STEP, DECAY = 0.1, 0.98
@@ -152,6 +152,17 @@ class Adam:
         )
 
 
+def bound(core: Core, relaxation: Relaxation, task: Task, point: Point) -> Dual:
+    """The dual bounds of all columns at a point."""
+    pre = task.unit
+    if point.beta is not None:
+        assert task.sign is not None
+        held = task.sign * point.beta
+        pre = -held if pre is None else pre - held
+    factor = point.alpha.new_ones(point.alpha.shape[1]) if point.multiplier is None else point.multiplier
+    return backward(core, relaxation.slopes(point.alpha), task.output, factor, pre)
+
+
 def ascend(
     core: Core,
     relaxation: Relaxation,
@@ -162,6 +173,7 @@ def ascend(
     step: float = STEP,
     enough: float = math.inf,
     minimisers: bool = True,
+    first: Dual | None = None,
 ) -> Outcome:
     """Raise the bounds of all columns, each on its own.
 
@@ -171,6 +183,7 @@ def ascend(
         step: of alpha and of the multipliers.
         enough: a column whose bound exceeds this is finished.
         minimisers: whether z and u of the last bounds are wanted; they cost as much as the bounds.
+        first: the bounds at `start`, where they are known.
     """
     count = start.alpha.shape[1]
     low = start.alpha.new_full((count,), -math.inf)
@@ -178,37 +191,37 @@ def ascend(
     alpha = Adam(start.alpha.clone())
     beta = None if start.beta is None else Adam(start.beta.clone())
     multiplier = None if start.multiplier is None else Adam(start.multiplier.clone())
-    left: list[tuple[Tensor, Tensor, Tensor | None, Point]] = []
+    left: list[tuple[Tensor, Tensor, Tensor, Point]] = []
     u = fed = None
 
+    def now() -> Point:
+        return Point(alpha.value, *(None if v is None else v.value for v in (beta, multiplier)))
+
     def leave(columns: Tensor, z: Tensor | None) -> None:
-        now = Point(alpha.value, *(None if v is None else v.value for v in (beta, multiplier)))
-        left.append((live[columns], dual.A.index_select(1, columns), z, _select(now, columns)))
+        A = dual.A.index_select(1, columns)
+        left.append((live[columns], A, A.new_full(A.shape, math.nan) if z is None else z, _select(now(), columns)))
 
     for number in range(1, iterations + 2):
-        lines = relaxation.slopes(alpha.value)
-        pre = task.unit
-        if beta is not None:
-            assert task.sign is not None
-            held = task.sign * beta.value
-            pre = -held if pre is None else pre - held
-        factor = low.new_ones(len(live)) if multiplier is None else multiplier.value
-        dual = backward(core, lines, task.output, factor, pre)
+        if number > 1 or first is None:
+            dual = bound(core, relaxation, task, now())
+        else:
+            dual = first
         low[live] = torch.where(dual.low > low[live], dual.low, low[live])
         kept = (low[live] <= enough).nonzero().flatten()
         last = number > iterations
         if not len(kept) or (last and not minimisers):
             leave(torch.arange(len(live), device=live.device), None)
+            u = fed = None
             break
         if len(kept) < COMPACT_BELOW * len(live):
             leave((low[live] > enough).nonzero().flatten(), None)
-            live, relaxation, task, lines, dual = live[kept], *(_select(r, kept) for r in (relaxation, task, lines, dual))
+            live, relaxation, task, dual = live[kept], relaxation.select(kept), task.select(kept), dual.select(kept)
             for variable in (alpha, beta, multiplier):
                 if variable is not None:
                     variable.select(kept)
         u = minimiser(core, dual.x)
         fed = core.input_weight.times(u)
-        z, values = forward(core, lines, dual.A, fed)
+        z, values = forward(core, relaxation.slopes(alpha.value), dual.A, fed)
         if last:
             leave(torch.arange(len(live), device=live.device), z)
             break
@@ -223,17 +236,15 @@ def ascend(
             multiplier.step(task.output(u, values), size, number)
             multiplier.value.clamp_(min=0)
     order = torch.cat([columns for columns, *_ in left]).argsort()
-    A = _joined([part[1] for part in left], order)
-    z = _joined([part[1].new_full(part[1].shape, math.nan) if part[2] is None else part[2] for part in left], order)
-    point = Point(*(_joined([getattr(part[3], f.name) for part in left], order) for f in fields(Point)))  # type: ignore[arg-type]
-    assert A is not None and z is not None
+    A, z = (_joined([part[i] for part in left], order) for i in (1, 2))  # type: ignore[misc]
+    points = [vars(part[3]) for part in left]
+    present = [name for name, value in points[0].items() if value is not None]
+    point = Point(**{name: _joined([some[name] for some in points], order) for name in present})
     return Outcome(low, point, A, z, u, fed)
 
 
-def _joined(parts: list[Tensor | None], order: Tensor) -> Tensor | None:
-    if len(parts) == 1 or parts[0] is None:
-        return parts[0]
-    return torch.cat([p for p in parts if p is not None], -1).index_select(-1, order)
+def _joined(parts: list[Tensor], order: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1).index_select(-1, order)
 
 
 def _select(record, columns: Tensor):  # type: ignore[no-untyped-def]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from certify.bab.ascent import Outcome, Point, Relaxation, Task, ascend
+from certify.bab.dual import Dual
 from certify.bab.unstable_core import Affine, Core
 
 
@@ -40,7 +41,8 @@ class Domains:
         values = (getattr(self, f.name) for f in fields(self))
         if isinstance(columns, slice):
             return Domains(*(value[..., columns] for value in values))
-        return Domains(*(value.index_select(-1, columns) for value in values))  # 8 times faster than value[..., columns]
+        # Eight times faster than value[..., columns].
+        return Domains(*(value.index_select(-1, columns) for value in values))
 
     @staticmethod
     def join(parts: Sequence[Domains]) -> Domains:
@@ -65,15 +67,19 @@ class Domains:
         return twice
 
 
-def bounded(core: Core, domains: Domains, output: Affine, iterations: int, enough: float) -> tuple[Domains, Outcome]:
+def bounded(
+    core: Core, domains: Domains, output: Affine, iterations: int, enough: float, first: Dual | None = None
+) -> tuple[Domains, Outcome]:
     """The domains with their bounds raised by an ascent that starts at their dual variables.
 
     Args:
         output: the property.
         enough: a domain whose bound exceeds this is finished.
+        first: the bounds at their dual variables, where they are known.
     """
     task = Task(output, sign=domains.sign)
-    found = ascend(core, domains.relaxation(core), task, Point(domains.alpha, domains.beta), iterations, enough=enough)
+    start = Point(domains.alpha, domains.beta)
+    found = ascend(core, domains.relaxation(core), task, start, iterations, enough=enough, first=first)
     assert found.point.beta is not None
     result = Domains(
         domains.lb,

@@ -14,7 +14,7 @@ off: see `certify.bab.search`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -47,6 +47,10 @@ class Dual:
     A: Tensor
     x: Tensor
     constant: Tensor
+
+    def select(self, columns: Tensor) -> Dual:
+        """Some of the columns."""
+        return Dual(*(getattr(self, f.name).index_select(-1, columns) for f in fields(self)))
 
 
 def backward(

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from certify.bab.branching import Branching
 from certify.bab.domains import Domains, bounded
+from certify.bab.dual import Dual
 from certify.bab.tighten import Memory, loose_neurons, tighten
 from certify.bab.triangle import Triangle
 from certify.bab.unstable_core import Affine, Core
@@ -174,11 +175,11 @@ class Search:
 
     def split(self, node: Node) -> list[Node]:
         """The two children of a node; none where no neuron is left to split."""
-        neuron = self.plan.node_branching(self.core, node.domain, self.output)
-        if int(neuron) < 0:
+        split = self.plan.node_branching(self.core, node.domain, self.output)
+        if int(split.neurons) < 0:
             self.leaf(node.domain)
             return []
-        children = self.bound(node.domain.halves(neuron), self.plan.node_iterations)
+        children = self.bound(node.domain.halves(split.neurons), self.plan.node_iterations, split.dual)
         return [replace(node, domain=child) for child in (children[:1], children[1:])]
 
     def late(self) -> bool:
@@ -200,10 +201,10 @@ class Search:
         start = Domains(**{**vars(whole), "alpha": whole.relaxation(core).default()})
         return self.bound(start, self.plan.node_iterations)
 
-    def bound(self, domains: Domains, iterations: int) -> Domains:
-        """Raise the bounds; the minimisers are tried as counterexamples."""
+    def bound(self, domains: Domains, iterations: int, first: Dual | None = None) -> Domains:
+        """Raise the bounds, `first` where they are known; the minimisers are tried as counterexamples."""
         self.result.domains += len(domains)
-        raised, found = bounded(self.core, domains, self.output, iterations, enough=0.0)
+        raised, found = bounded(self.core, domains, self.output, iterations, 0.0, first)
         if found.u is not None:
             self.try_points(found.u, found.fed)
         return raised
@@ -252,14 +253,13 @@ class Search:
                 order = domains.low.argsort(descending=True)
                 stack.append(domains[order[plan.batch // 2 :]])
                 domains = domains[order[: plan.batch // 2]]
-            neurons = plan.branching(core, domains, self.output)
-            for leaf in (neurons < 0).nonzero().flatten():
+            split = plan.branching(core, domains, self.output)
+            for leaf in (split.neurons < 0).nonzero().flatten():
                 self.leaf(domains[leaf : leaf + 1])
-            rest = neurons >= 0
-            domains, neurons = domains[rest.nonzero().flatten()], neurons[rest]
-            if not len(domains):
+            rest = (split.neurons >= 0).nonzero().flatten()
+            if not len(rest):
                 continue
-            children = self.bound(domains.halves(neurons), plan.iterations)
+            children = self.bound(domains[rest].halves(split.neurons[rest]), plan.iterations, split.dual)
             if self.result.witness is not None:
                 return True
             spent += len(children)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from certify.bab.branching import BRANCHINGS, best_candidate
+from certify.bab.branching import BRANCHINGS, Split, best_candidate
 from certify.bab.domains import Domains
 from certify.bab.unstable_core import Affine, Core
 from certify.branching.babsr import babsr_scores
@@ -31,13 +30,14 @@ class FSB:
         if self.candidates < 1:
             raise ValueError(f"expected candidates >= 1, got {self}")
 
-    def __call__(self, core: Core, domains: Domains, output: Affine) -> Tensor:
-        scores = babsr_scores(core, domains)
+    def __call__(self, core: Core, domains: Domains, output: Affine) -> Split:
+        relaxation = domains.relaxation(core)
+        scores = babsr_scores(core, domains, relaxation)
         best = [
             layer.part.start + scores[layer.part].topk(min(self.candidates, len(layer.index)), 0).indices
             for layer in core.layers
             if len(layer.index)
         ]
         if not best:
-            return torch.full_like(domains.low, -1, dtype=torch.long)
-        return best_candidate(core, domains, output, torch.cat(best), 0, self.reduce)
+            return Split(torch.full_like(domains.low, -1, dtype=torch.long))
+        return best_candidate(core, domains, output, relaxation, torch.cat(best), 0, self.reduce)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from certify.bab.branching import BRANCHINGS, best_candidate, gap_scores, intercept_scores
+from certify.bab.branching import BRANCHINGS, Split, best_candidate, gap_scores, intercept_scores
 from certify.bab.domains import Domains
 from certify.bab.unstable_core import Affine, Core
 
@@ -36,8 +35,8 @@ class KFSB:
         if self.candidates < 1 or self.iterations < 0:
             raise ValueError(f"expected candidates >= 1 and iterations >= 0, got {self}")
 
-    def __call__(self, core: Core, domains: Domains, output: Affine) -> Tensor:
-        count = min(self.candidates, len(core))
-        kinds = (intercept_scores(core, domains), gap_scores(core, domains))
+    def __call__(self, core: Core, domains: Domains, output: Affine) -> Split:
+        count, relaxation = min(self.candidates, len(core)), domains.relaxation(core)
+        kinds = (intercept_scores(domains, relaxation), gap_scores(core, domains, relaxation))
         candidates = torch.cat([scores.topk(count, 0).indices for scores in kinds])
-        return best_candidate(core, domains, output, candidates, self.iterations, self.reduce)
+        return best_candidate(core, domains, output, relaxation, candidates, self.iterations, self.reduce)

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from attacks.threat import Ball, L2Ball, LinfBall
-from certify.bab.ascent import Point, Task, ascend
-from certify.bab.branching import BRANCHINGS
+from certify.bab.ascent import Point, Task, ascend, bound
+from certify.bab.branching import BRANCHINGS, LEAST_GAIN, gap_scores, intercept_scores
+from certify.bab.domains import bounded
 from certify.bab.dual import backward, forward, minimiser
-from certify.bab.search import Plan, Search
+from certify.bab.search import UNEVEN, Plan, Search
 from certify.bab.tighten import tighten
 from certify.bab.triangle import Triangle
 from certify.branching.babsr import BaBSR
@@ -173,11 +174,55 @@ def test_branching_picks_unstable_neurons_or_none(name: str) -> None:
         domains = random_domains(core, 12, torch.Generator().manual_seed(seed), share=0.6)
         domains = evaluated(core, domains, core.outputs[0], 2)
         unstable = domains.relaxation(core).unstable
-        neurons = rule(core, domains, core.outputs[0])
+        neurons = rule(core, domains, core.outputs[0]).neurons
         for column, neuron in enumerate(neurons.tolist()):
             assert unstable[neuron, column] if neuron >= 0 else not unstable[:, column].any()
         decided = replace(domains, lb=domains.ub.clamp(min=0), ub=domains.ub.clamp(min=0))
-        assert (rule(core, decided, core.outputs[0]) == -1).all()
+        assert (rule(core, decided, core.outputs[0]).neurons == -1).all()
+
+
+@pytest.mark.parametrize("seed", FULL)
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_kfsb_picks_the_best_candidate_and_bounds_its_children(seed: int, candidates: int) -> None:
+    core, _ = random_core(seed)
+    domains = random_domains(core, 12, torch.Generator().manual_seed(seed), share=0.3)
+    output = replace(core.outputs[0], constant=core.outputs[0].constant - 100)  # nothing is proven
+    domains = evaluated(core, domains, output, 2)
+    split = KFSB(candidates)(core, domains, output)
+    relaxation = domains.relaxation(core)
+    scores = (intercept_scores(domains, relaxation), gap_scores(core, domains, relaxation))
+    for column in (split.neurons >= 0).nonzero().flatten().tolist():
+        domain = domains[column : column + 1]
+        gains = {}
+        for neuron in torch.cat([s[:, column].topk(min(candidates, len(core))).indices for s in scores]).tolist():
+            if relaxation.unstable[neuron, column]:
+                low = evaluated(core, domain.halves(torch.tensor([neuron])), output).low
+                gains[neuron] = float((low - domain.low).clamp(min=LEAST_GAIN).prod())
+        assert gains[int(split.neurons[column])] == pytest.approx(max(gains.values()), rel=1e-6)
+    some = (split.neurons >= 0).nonzero().flatten()
+    children = domains[some].halves(split.neurons[some])
+    task, start = Task(output, sign=children.sign), Point(children.alpha, children.beta)
+    expected = bound(core, children.relaxation(core), task, start)
+    assert split.dual is not None
+    for name, value in vars(expected).items():
+        torch.testing.assert_close(getattr(split.dual, name), value, rtol=1e-9, atol=1e-9)
+    known, unknown = (bounded(core, children, output, 2, 0.0, dual)[0] for dual in (split.dual, None))
+    for name, value in vars(unknown).items():
+        torch.testing.assert_close(getattr(known, name), value, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_the_size_of_a_tree_is_foreseen_from_the_progress_of_its_splits() -> None:
+    """Every split raises the bound by 1/8 of the gap, and the 16 children of 4 splits are open."""
+    core, _ = random_core(0)
+    root = replace(whole(core), low=torch.tensor([-1.0]))
+    open_ = replace(whole(core, 16), low=torch.full((16,), -0.5))
+    open_.sign[:4] = 1.0
+    search = Search(core, core.outputs[0], 1.0, Plan(KFSB(), KFSB(), batch=8), math.inf)
+    assert not search.hopeless(root, [open_], 30, 30 + UNEVEN * 16 * 2**5 + 1)
+    assert search.hopeless(root, [open_], 30, 30 + UNEVEN * 16 * 2**5 - 1)
+    assert not search.hopeless(root, [open_], 7, 100)  # too early to say
+    stuck = replace(open_, low=torch.full((16,), -1.0))
+    assert search.hopeless(root, [stuck], 30, 1e30)
 
 
 @pytest.mark.parametrize("name", sorted(BRANCHINGS.names()))
@@ -185,7 +230,7 @@ def test_branching_on_a_core_without_neurons_picks_none(name: str) -> None:
     core, _ = random_core(4)
     assert not len(core)
     domains = evaluated(core, whole(core, 3), core.outputs[0])
-    assert BRANCHINGS.parse(name)(core, domains, core.outputs[0]).tolist() == [-1] * 3
+    assert BRANCHINGS.parse(name)(core, domains, core.outputs[0]).neurons.tolist() == [-1] * 3
 
 
 @pytest.mark.parametrize("seed", FULL)
