@@ -1,8 +1,9 @@
-"""Gradients in images by product and fold are the library's, and the model is itself again afterwards."""
+"""Gradients by product and fold and by interleaving are the library's, and the model is itself again afterwards."""
 
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -16,6 +17,11 @@ CONVS = {
     "plain": nn.Conv2d(1, 8, 3, padding=1),
     "strided": nn.Conv2d(2, 8, (4, 3), stride=(2, 3), padding=(1, 0), bias=False),
     "dilated": nn.Conv2d(3, 12, 3, padding=2, dilation=2),
+    # With strides and more channels than an image has; the last pixels are in no window of the second one.
+    "wide": nn.Conv2d(9, 6, 4, stride=2, padding=1),
+    "unreached": nn.Conv2d(6, 5, (2, 3), stride=(2, 3)),
+    "filled": nn.Conv2d(3, 16, 5, stride=2, padding=2),
+    "one output": nn.Conv2d(5, 1, (4, 6), stride=(4, 2), padding=(2, 3), bias=False),
 }
 
 
@@ -48,7 +54,8 @@ def test_the_gradient_is_the_librarys(name, layout):
 def test_it_is_used_for_images_and_constant_weights_only():
     x = torch.rand(2, 4, 6, 6)
     wide, grouped = nn.Conv2d(8, 64, 3), nn.Conv2d(4, 16, 3, groups=2)
-    others = [wide, grouped, nn.Conv2d(4, 16, 3, padding_mode="circular", padding=1), nn.Conv2d(4, 15, 3)]
+    others = [nn.Conv2d(8, 8, 3, stride=2), nn.Conv2d(17, 8, 4, stride=2), nn.Conv2d(8, 8, 4, stride=2, dilation=2)]
+    others += [wide, grouped, nn.Conv2d(4, 16, 3, padding_mode="circular", padding=1), nn.Conv2d(4, 15, 3)]
     others.append(nn.Conv2d(4, 16, 3, padding="same"))
     for conv in others:
         with faster_image_gradients(conv):
@@ -60,9 +67,10 @@ def test_it_is_used_for_images_and_constant_weights_only():
     assert conv.weight.grad is not None and conv.weight.grad.any()
 
 
-def test_gradients_of_gradients_and_of_maps_over_images_exist():
-    weight, x = torch.rand(8, 2, 3, 3, dtype=torch.float64), torch.rand(3, 2, 5, 5, dtype=torch.float64)
-    settings = (None, (1, 1), (1, 1), (1, 1))
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (4, 2)])
+def test_gradients_of_gradients_and_of_maps_over_images_exist(size, stride):
+    weight, x = torch.rand(8, 2, size, size, dtype=torch.float64), torch.rand(3, 2, 5, 5, dtype=torch.float64)
+    settings = (None, (stride, stride), (1, 1), (1, 1))
 
     def own(x: Tensor) -> Tensor:
         return ImageConvolution.apply(x, weight, *settings).pow(3).sum()
@@ -72,3 +80,61 @@ def test_gradients_of_gradients_and_of_maps_over_images_exist():
     leaf = x.detach().clone().requires_grad_()
     (expected,) = torch.autograd.grad(F.conv2d(leaf, weight, *settings).pow(3).sum(), leaf)
     torch.testing.assert_close(found, expected)
+
+
+class Residual(nn.Module):
+    """Strided and plain convolutions with batch normalisation around a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 5, stride=2, padding=2), nn.BatchNorm2d(12), nn.Softplus())
+        self.down = nn.Sequential(nn.Conv2d(12, 12, 4, stride=2, padding=1), nn.BatchNorm2d(12))
+        self.short = nn.Conv2d(12, 12, 2, stride=2)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head((self.down(x) + self.short(x)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "train_frozen", "keep"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whole_networks_give_the_same_values_gradients_and_statistics_in_every_mode(mode, dtype):
+    net = Residual().to(dtype)
+    for norm in (net.stem[1], net.down[1]):
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
+    net.stem[1].eval()
+    x = torch.rand(6, 3, 17, 16, dtype=dtype)
+    plain = copy.deepcopy(net)
+    for conv in plain.modules():
+        if isinstance(conv, nn.Conv2d):
+            conv.forward = functools.partial(nn.Conv2d.forward, conv)  # which keeps our own away
+    results = []
+    for model in (net, plain):
+        with attack_mode(model, mode):
+            leaf = x.clone().requires_grad_()
+            logits = model(leaf)
+            (found,) = torch.autograd.grad(logits.square().sum(), leaf)
+        results.append((logits, found, dict(model.named_buffers())))
+    torch.testing.assert_close(*results)
+
+
+def test_weights_that_change_between_passes_change_the_gradient():
+    conv, x = nn.Conv2d(6, 8, 4, stride=2).double(), torch.rand(2, 6, 8, 8, dtype=torch.float64)
+    for _ in range(2):
+        with attack_mode(conv):
+            found = gradient(conv, x)
+            with torch.no_grad():
+                conv.weight.mul_(-2.0)
+            moved = gradient(conv, x)
+        torch.testing.assert_close(moved, gradient(conv, x))
+        assert not torch.allclose(moved, found)
+
+
+def test_pixels_keep_their_precision_under_autocast():
+    conv, x = nn.Conv2d(6, 8, 4, stride=2), torch.rand(2, 6, 8, 8)
+    expected = gradient(conv, x)
+    with attack_mode(conv), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradient(conv, x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.02 * expected.abs().max().item())
