@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attacks.losses import Loss
 from attacks.mode import Mode, Model
-from attacks.slices import Sliced
+from attacks.slices import Sliced, gains_from_channels_last
 
 Precision = Literal["float32", "bfloat16"]
 """Arithmetic of the model's passes inside an attack; points, losses and steps keep the dtype of the input."""
@@ -75,7 +75,7 @@ def prepared(model: Model, mode: Mode, x: Tensor, precision: Precision = "float3
         if mode != "eval" or x.device.type != "cpu":
             return model, forward(model, x, precision)
         try:
-            sliced = Sliced(model, channels_last=True)
+            sliced = Sliced(model, channels_last=gains_from_channels_last(model))
             return sliced, forward(sliced, x, precision)
         except RuntimeError as error:
             # A model may ask for one layout: x.view(B, -1) works for channels apart only.

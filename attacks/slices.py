@@ -10,11 +10,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from attacks.image_convolution import MOST_IMAGE_CHANNELS
 from attacks.mode import Model
 
 SLICE = 64
+
+
+def gains_from_channels_last(model: Model) -> bool:
+    """Whether a model should be handed images whose channels lie side by side in memory.
+
+    Convolutions without strides behind the first one gain by it. Where there are none, the first layers of a model are
+    the larger part of it, and with the one or three channels of an image side by side those are slower.
+    """
+    if not isinstance(model, nn.Module):
+        return True
+    convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return any(
+        conv.in_channels > MOST_IMAGE_CHANNELS and max(conv.stride) == 1 and max(conv.kernel_size) > 1 for conv in convs
+    )
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,12 @@ def test_a_model_that_asks_for_a_layout_gets_it_and_other_errors_pass(examples):
     sliced, logits = prepared(net, "eval", x)
     assert isinstance(sliced, Sliced) and not sliced.channels_last
     torch.testing.assert_close(logits, net(x).detach(), atol=1e-5, rtol=1e-5)
-    reshaping = nn.Sequential(nn.Conv2d(2, 4, 2), nn.Flatten(), nn.Linear(8, 3)).eval()
+    reshaping = nn.Sequential(nn.Conv2d(2, 5, 2, padding=1), nn.Conv2d(5, 4, 3), nn.Flatten(), nn.Linear(8, 3)).eval()
     assert prepared(reshaping, "eval", x)[0].channels_last
+    # Behind the first one only convolutions with strides, or none that can be seen.
+    strided = nn.Sequential(nn.Conv2d(2, 5, 2, padding=1), nn.Conv2d(5, 4, 3, 2), nn.Flatten(), nn.Linear(4, 3)).eval()
+    assert not prepared(strided, "eval", x)[0].channels_last
+    assert prepared(lambda x: strided(x), "eval", x)[0].channels_last
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         prepared(nn.Sequential(nn.Flatten(), nn.Linear(5, 3)), "eval", x)
 
