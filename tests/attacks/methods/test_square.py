@@ -25,7 +25,8 @@ def test_a_linf_proposal_changes_one_square_to_the_limits_and_any_position_may_c
     corners = _Corners(*LinfBall(0.1).box(x))
     point = x.clone()
     draws = uniform((400, 2, PLACES + 3), x, streams(0, range(400)))
-    candidate = corners.block([4, 2], draws).change(point, 1)
+    candidate, rows = corners.block([4, 2], draws).change(point, 1, skip=False)
+    assert rows is None
     changed = candidate != point
     assert (changed.flatten(1).sum(1) == 3 * 4).all()
     assert torch.equal(candidate[changed], torch.where(candidate > point, corners.hi, corners.lo)[changed])
@@ -88,8 +89,49 @@ def test_fooled_examples_leave_and_inputs_that_are_no_images_are_refused(small_n
     handle = net.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     Square(queries=200)(net, x, y, LinfBall(0.1))
     handle.remove()
-    assert sizes[0] == 30 and sizes == sorted(sizes, reverse=True) and sizes[-1] < 30
+    assert sizes[0] == 30 and max(sizes[-50:]) < 30
     with pytest.raises(
         ValueError, match="Square needs images \\[B, C, H, W\\] for its windows, got shape \\(30, 12\\)"
     ):
         Square()(net, x.flatten(1), y, LinfBall(0.1))
+
+
+class Jittery:
+    """A model whose first answers differ by less than rounding does anywhere else; it counts the images it is shown."""
+
+    def __init__(self, net, jitter: float) -> None:
+        self.net, self.jitter, self.calls, self.images = net, jitter, 0, []
+
+    def __call__(self, x):
+        self.calls += 1
+        self.images.append(len(x))
+        return self.net(x) + self.jitter * (self.calls == 1)
+
+
+def test_queries_that_change_nothing_are_known_and_a_model_that_varies_is_asked_each_time(examples):
+    weight = torch.randn(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = examples(30, dtype=torch.float64)
+
+    def net(x):
+        return (x.flatten(1) @ weight).sin()
+
+    y, ball, attack = net(x).argmax(1), LinfBall(0.02), Square(queries=120)
+    steady, varying = Jittery(net, 0.0), Jittery(net, 1e-3)
+    points, asked_each_time = attack(steady, x, y, ball), attack(varying, x, y, ball)
+    assert torch.equal(points, asked_each_time)
+    # Clean twice, the start, and 120 queries, of which fewer are about another image than the one before.
+    assert len(varying.images) == 3 + 120 and len(steady.images) <= 3 + 120
+    assert sum(steady.images) < 0.9 * sum(varying.images)
+
+
+def test_images_with_channels_side_by_side_get_the_same_points(examples):
+    weight = torch.randn(48, 3, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+
+    def model(x):
+        return x.flatten(1) @ weight
+
+    y, attack = model(x).argmax(1), Square(queries=60)
+    points = attack(model, x, y, LinfBall(0.05))
+    assert (points != x).any()
+    torch.testing.assert_close(attack(model, x.to(memory_format=torch.channels_last), y, LinfBall(0.05)), points)
