@@ -21,8 +21,9 @@ def onto_hyperplane(ball: Ball, point: Tensor, slope: Tensor, value: Tensor) -> 
     Args:
         point: inside the pixel range. slope: normal of the hyperplane. value: [B].
 
-    Every solution moves pixel i towards the hyperplane by min(t r_i, room_i), with r_i = 1 (Linf) or |slope_i| (L2),
-    for the t at which the gap is closed; for L1 the steepest pixels move first, each as far as it can.
+    Every solution moves pixel i towards the hyperplane by min(t r_i, room_i), with r_i = 1 (Linf, where the slope is not
+    zero) or |slope_i| (L2), for the t at which the gap is closed; for L1 the steepest pixels move first, each as far as
+    it can.
 
     Source: the problem is Croce and Hein (2020), "Minimally distorted adversarial examples", eq. (6).
     """
@@ -35,12 +36,13 @@ def onto_hyperplane(ball: Ball, point: Tensor, slope: Tensor, value: Tensor) -> 
     if isinstance(ball, L1Ball):
         moves = _steepest_first(size, room, gap)
     else:
-        moves = _side_by_side(size, room, gap, rate=(size > 0).to(size) if isinstance(ball, LinfBall) else size)
+        moves = _side_by_side(size, room, gap, rate=torch.ones_like(gap) if isinstance(ball, LinfBall) else size)
     return (direction * moves).view_as(point)
 
 
 def _side_by_side(size: Tensor, room: Tensor, gap: Tensor, rate: Tensor) -> Tensor:
-    """min(t rate, room) [B, d] for the t >= 0 at which sum size * min(t rate, room) = gap [B, 1].
+    """min(t rate, room) [B, d] for the t >= 0 at which sum size * min(t rate, room) = gap [B, 1]; rate is [B, d] or,
+    where all pixels have the same, [B, 1].
 
     The sum is concave and piecewise linear in t, so Newton's method from 0 never passes the solution, and ends on it.
     """
@@ -48,9 +50,8 @@ def _side_by_side(size: Tensor, room: Tensor, gap: Tensor, rate: Tensor) -> Tens
     t = torch.zeros_like(gap)
     for _ in range(ITERATIONS):
         wanted = t * rate
-        free = wanted < room
-        left = gap - (size * torch.where(free, wanted, room)).sum(1, keepdim=True)
-        slope = (growth * free).sum(1, keepdim=True)
+        left = gap - torch.minimum(wanted, room).mul_(size).sum(1, keepdim=True)
+        slope = torch.where(wanted < room, growth, 0.0).sum(1, keepdim=True)
         # A slope of zero: every pixel is at the border of the range, and the hyperplane lies beyond it.
         step = torch.where(slope > 0, left / slope, 0.0)
         t = t + step.clamp(min=0.0)

@@ -306,7 +306,9 @@ class _Climber:
         """One step along the gradient, blended with the last move; both projected."""
         weight = 1.0 if first else MOMENTUM
         target = self.region.project_(self.point + self.task.ball.steepest(self.gradient, self.step, at=self.point))
-        blend = self.point + weight * (target - self.point) + (1 - weight) * (self.point - self.before)
+        # point + weight * (target - point) + (1 - weight) * (point - before)
+        blend = target.sub_(self.point).mul_(weight).add_(self.point)
+        blend.add_((self.point - self.before).mul_(1 - weight))
         self.before, self.point = self.point, self.region.project_(blend)
 
     def look(self, model: Model, loss: Loss, precision: Precision, samples: int) -> None:
