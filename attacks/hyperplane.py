@@ -21,9 +21,9 @@ def onto_hyperplane(ball: Ball, point: Tensor, slope: Tensor, value: Tensor) -> 
     Args:
         point: inside the pixel range. slope: normal of the hyperplane. value: [B].
 
-    Every solution moves pixel i towards the hyperplane by min(t r_i, room_i), with r_i = 1 (Linf, where the slope is not
-    zero) or |slope_i| (L2), for the t at which the gap is closed; for L1 the steepest pixels move first, each as far as
-    it can.
+    Every solution moves pixel i towards the hyperplane by min(t r_i, room_i), for the t at which the gap is closed,
+    with r_i = |slope_i| (L2) or 1 (Linf; 0 where there is no slope). For L1 the steepest pixels move first, each as
+    far as it can.
 
     Source: the problem is Croce and Hein (2020), "Minimally distorted adversarial examples", eq. (6).
     """

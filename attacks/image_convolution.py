@@ -102,7 +102,7 @@ def _interleaved(
 
 def wants_image_gradient_alone(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a convolution, of one group, is part of an attack on a CPU, and x has the channels of an image."""
-    return x.shape[-3:][0] <= MOST_IMAGE_CHANNELS and _wants_input_gradient_alone(x, weight, bias)
+    return _wants_input_gradient_alone(x, weight, bias) and x.shape[1] <= MOST_IMAGE_CHANNELS
 
 
 def _wants_input_gradient_alone(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
