@@ -57,8 +57,7 @@ class ImageConvolution(torch.autograd.Function):
         if _interleaves(weight, ctx.stride, ctx.dilation):
             found = _interleaved(grads[0], weight, ctx.size, ctx.stride, ctx.padding).to(ctx.dtype)
         else:
-            columns = (weight.flatten(1).T @ grads[0].flatten(2)).to(ctx.dtype)
-            found = F.fold(columns, ctx.size, weight.shape[2:], ctx.dilation, ctx.padding, ctx.stride)
+            found = _folded(grads[0], weight, ctx)
         return found, None, None, None, None, None
 
 
@@ -68,6 +67,25 @@ def _interleaves(weight: Tensor, stride: tuple[int, ...], dilation: tuple[int, .
     )
     few = weight.shape[1] <= MOST_INTERLEAVED_CHANNELS
     return few and min(stride) > 1 and max(dilation) == 1 and filling <= MOST_FILLING
+
+
+def _folded(gradient: Tensor, weight: Tensor, ctx: Any) -> Tensor:
+    """Gradient of a convolution in its input by a product with the kernel matrix, added up in the pixels.
+
+    One addition per element of the kernel is up to twice as fast as the library's fold.
+    """
+    channels, *kernel = weight.shape[1:]
+    down, across = ((count - 1) * step + 1 for count, step in zip(gradient.shape[2:], ctx.stride, strict=True))
+    parts = (weight.permute(2, 3, 1, 0).flatten(0, 2) @ gradient.flatten(2)).to(ctx.dtype)
+    parts = parts.unflatten(2, gradient.shape[2:]).unflatten(1, (*kernel, channels))
+    (height, width), (above, left) = ctx.size, ctx.padding
+    found = parts.new_zeros((len(gradient), channels, height + 2 * above, width + 2 * left))
+    for row in range(kernel[0]):
+        for column in range(kernel[1]):
+            top, first = row * ctx.dilation[0], column * ctx.dilation[1]
+            rows, columns = slice(top, top + down, ctx.stride[0]), slice(first, first + across, ctx.stride[1])
+            found[:, :, rows, columns] += parts[:, row, column]
+    return found[:, :, above : above + height, left : left + width]
 
 
 def _interleaved(
