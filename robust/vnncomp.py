@@ -7,6 +7,7 @@ import io
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from certify.formats.answer import Answer, answer
 from certify.formats.onnx import load_onnx
@@ -31,28 +32,49 @@ def result_text(found: Answer) -> str:
     )
 
 
-def decide_all(path: Path, out: Path) -> None:
+def facts(instance: Instance, found: Answer | None, seconds: float) -> dict[str, Any]:
+    """One decided instance for programs: what was asked, the result, and the counterexample's inputs and outputs.
+
+    Args:
+        found: None for an instance whose files cannot be read, whose result is `error`.
+    """
+    shown = None if found is None or found.x is None or found.y is None else (found.x.tolist(), found.y.tolist())
+    return {
+        "network": str(instance.onnx),
+        "property": str(instance.vnnlib),
+        "result": "error" if found is None else found.status,
+        "seconds": seconds,
+        "counterexample": None if shown is None else dict(zip(("x", "y"), shown, strict=True)),
+    }
+
+
+def decide_all(path: Path, out: Path) -> list[dict[str, Any]]:
     """Decide the instances of a CSV file; results.csv and one result file for each are written to the folder `out`.
 
     A file that cannot be read gets the answer `error`, and its reason goes to the standard error.
+
+    Returns:
+        `facts` of every instance, with the name of its `file`, and after an `error` its reason.
     """
-    lines: list[tuple[str, str, str, str]] = []
+    decided: list[dict[str, Any]] = []
     for number, instance in enumerate(load_instances(path)):
-        begin = time.perf_counter()
+        file = out / f"{number:04d}_{instance.onnx.stem}_{instance.vnnlib.stem}.txt"
+        begin, found, reason = time.perf_counter(), None, {}
         try:
-            text = result_text(decide(instance))
+            found = decide(instance)
         except ValueError as error:  # a file that is broken or not supported; the others may be fine
-            print(f"robust: {' '.join(str(error).split())}", file=sys.stderr)
-            text = "error\n"
-        status = text.partition("\n")[0]
-        seconds = f"{time.perf_counter() - begin:.2f}"
-        write_whole(out / f"{number:04d}_{instance.onnx.stem}_{instance.vnnlib.stem}.txt", text)
-        lines.append((str(instance.onnx), str(instance.vnnlib), status, seconds))
-        write_whole(out / RESULTS, _csv(lines))
-        print(f"{instance.onnx.name} {instance.vnnlib.name}: {status} ({seconds} s)", flush=True)
+            reason = {"error": " ".join(str(error).split())}
+            print(f"robust: {reason['error']}", file=sys.stderr)
+        one = {**facts(instance, found, time.perf_counter() - begin), "file": str(file), **reason}
+        write_whole(file, "error\n" if found is None else result_text(found))
+        decided.append(one)
+        write_whole(out / RESULTS, _csv(decided))
+        print(f"{instance.onnx.name} {instance.vnnlib.name}: {one['result']} ({one['seconds']:.2f} s)", flush=True)
+    return decided
 
 
-def _csv(lines: list[tuple[str, str, str, str]]) -> str:
+def _csv(decided: list[dict[str, Any]]) -> str:
     text = io.StringIO()
+    lines = [(one["network"], one["property"], one["result"], f"{one['seconds']:.2f}") for one in decided]
     csv.writer(text, lineterminator="\n").writerows([("network", "property", "result", "seconds"), *lines])
     return text.getvalue()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from certify.formats.onnx_export import export_onnx
 from robust.checkpoint import load
+from robust.flags import add_json
 from robust.hub import local_checkpoint
 from robust.own_model import own_network
 from robust.plain import plain
@@ -24,11 +26,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", help="your own network as FILE.py:NAME, which is run; where the checkpoint is of one"
     )
+    add_json(parser)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     own = None if options.model is None else own_network(options.model)
     checkpoint = load(local_checkpoint(options.checkpoint), own)
     channels, height, width = checkpoint.settings["input_shape"]
     difference = export_onnx(plain(checkpoint.model), (channels, height, width), options.onnx)
     print(f"{options.onnx}: logits within {difference:.1e} of the checkpoint's")
+    return {"onnx": str(options.onnx), "difference": difference}

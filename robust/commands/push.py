@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+from robust.flags import add_json
 from robust.hub import push, reports_beside
 
 WORDS = "upload a checkpoint to the Hugging Face Hub, with a card made from its reports"
@@ -22,8 +24,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--reports", type=Path, nargs="*", help="folders of evaluations (default: certify/ and attack/ beside it)"
     )
     parser.add_argument("--private", action="store_true", help="make a new repository private")
+    add_json(parser)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     reports = reports_beside(options.checkpoint) if options.reports is None else options.reports
-    print(push(options.checkpoint, options.repository, reports, options.private))
+    address = push(options.checkpoint, options.repository, reports, options.private)
+    print(address)
+    return {"repository": address, "reports": [str(folder) for folder in reports]}

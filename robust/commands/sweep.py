@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
+from typing import Any
 
-from robust.flags import add_machine, count, usable_device
+from robust.flags import add_json, add_machine, count, usable_device
 from robust.settings import load_recipe
 from robust.sweep import TRIALS, Trial, parse_range, sweep, with_validation
-from robust.sweep_front import as_text, write_front
+from robust.sweep_front import as_text, front, write_front
 from robust.validation import is_attack, parse_validator
 
 WORDS = "train a recipe many times, and draw clean against certified accuracy"
@@ -33,9 +35,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=count, metavar="N", default=20, help="finished trials (default: 20)")
     parser.add_argument("--out", type=Path, help="folder of the sweep (default: runs/RECIPE_sweep)")
     add_machine(parser)
+    add_json(parser)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     recipe = load_recipe(options.recipe)
     settings = with_validation(recipe.settings)
     if settings != recipe.settings:
@@ -62,3 +65,9 @@ def run(options: argparse.Namespace) -> None:
     if options.quiet:
         print(as_text(trials, name))
     print(f"front: {out / 'front.png'}, trials.csv and {TRIALS} beside it")
+    return {
+        "out": str(out),
+        "robust": name,
+        "front": [trial.number for trial in front(trials)],
+        "trials": [dataclasses.asdict(trial) for trial in trials],
+    }

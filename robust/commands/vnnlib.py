@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from pathlib import Path
+from typing import Any
 
 from attacks.registry import number
 from certify.formats.vnnlib import Instance
 from robust.files import write_whole
-from robust.vnncomp import decide, decide_all, result_text
+from robust.flags import add_json
+from robust.vnncomp import RESULTS, decide, decide_all, facts, result_text
 
 WORDS = "answer VNN-LIB properties of ONNX networks"
 GOES_ON = False
@@ -25,20 +28,23 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("property", type=Path, nargs="?", help="VNN-LIB file")
     parser.add_argument("--timeout", help="seconds for the property (default: no limit); a CSV file has its own")
     parser.add_argument("--out", type=Path, help="result file, or the folder of a CSV file's results")
+    add_json(parser)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.model.suffix == ".csv":
         if options.property is not None or options.timeout is not None or options.out is None:
             raise ValueError("a CSV file names properties and seconds itself; it needs --out FOLDER, and nothing else")
-        decide_all(options.model, options.out)
-        return
+        return {"instances": decide_all(options.model, options.out), "results": str(options.out / RESULTS)}
     if options.property is None:
         raise ValueError(f"which property of {options.model}? Give a .vnnlib file behind it")
     timeout = math.inf if options.timeout is None else number(options.timeout)
-    text = result_text(decide(Instance(options.model, options.property, timeout)))
+    instance, begin = Instance(options.model, options.property, timeout), time.perf_counter()
+    found = decide(instance)
+    text = result_text(found)
     if options.out is None:
         print(text, end="")
     else:
         write_whole(options.out, text)
-        print(text.partition("\n")[0])
+        print(found.status)
+    return facts(instance, found, time.perf_counter() - begin)

@@ -15,12 +15,12 @@ FLAGS = {
     "certify": {*EVALUATION, "verifier", *RESULT},
     "attack": {*EVALUATION, "attack", *RESULT},
     "lipschitz": {*EVALUATION, "method", "margins", "states", "timeout", "json"},
-    "export": {"model"},
-    "push": {"reports", "private"},
-    "vnnlib": {"timeout", "out"},
+    "export": {"model", "json"},
+    "push": {"reports", "private", "json"},
+    "vnnlib": {"timeout", "out", "json"},
     "compare": {"attacks", "limit", "batch-size", "out", "json"},
     "masking": {*PROBLEM, "out", "json"},
-    "sweep": {"over", "trials", "out"},
+    "sweep": {"over", "trials", "out", "json"},
     "report": {"out", "json"},
     "methods": {"json"},
     "recipes": {"json"},
@@ -40,3 +40,7 @@ def test_no_command_has_grown_a_flag() -> None:
         alone = ("vnnlib", "export", "push", "report", "methods", "recipes", "doctor", "completion")
         machine = set() if name in alone else MACHINE
         assert flags - {"-h", "help", "debug"} == expected | settings | machine
+
+
+def test_every_command_but_the_shells_script_answers_programs() -> None:
+    assert {name for name, flags in FLAGS.items() if "json" not in flags} == {"completion"}

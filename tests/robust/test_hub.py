@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import json
 import os
 import shutil
 import subprocess
@@ -63,7 +64,11 @@ def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_checkpoint_is_uploaded_with_its_rows_and_a_card_of_its_numbers(
     run: Path, uploads: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["push", str(run / "checkpoint.safetensors"), "user/digits-ibp", "--private"]) == 0
+    command = ["push", str(run / "checkpoint.safetensors"), "user/digits-ibp", "--private"]
+    assert main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"repository": "https://hub.example/user/digits-ibp", "reports": [str(run / "certify")]}
+    assert main(command) == 0
     assert capsys.readouterr().out == "https://hub.example/user/digits-ibp\n" and Folder.private == {
         "user/digits-ibp": True
     }

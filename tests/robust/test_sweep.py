@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -192,6 +193,10 @@ def test_the_command_writes_the_front_and_says_where(tmp_path, capsys):
     assert (tmp_path / "s" / "front.png").read_bytes().startswith(b"\x89PNG")
     assert "front.png" in capsys.readouterr().out
     assert len((tmp_path / "s" / "trials.csv").read_text().splitlines()) == 2
+    assert main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["front"] == [0] and told["out"] == str(tmp_path / "s") and told["robust"] == "certified"
+    assert told["trials"][0]["values"].keys() == {"objective.clean_weight"} and 0 <= told["trials"][0]["clean"] <= 100
 
 
 def test_without_optuna_one_line_says_what_to_install(tmp_path, capsys, monkeypatch):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import math
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,6 +211,23 @@ def test_a_list_of_instances_is_answered_line_by_line(
     assert "torn.vnnlib: line 1: its parentheses are not closed" in capsys.readouterr().err
     assert (out / "0000_m_safe.txt").read_text() == "unsat\n"
     assert (out / "0002_m_unsafe.txt").read_text().startswith("sat\n((X_0 ")
+    found = answered(capsys, "vnnlib", tmp_path / "all.csv", "--out", out)
+    assert [one["result"] for one in found["instances"]] == ["unsat", "error", "sat"]
+    safe, torn, unsafe = found["instances"]
+    assert safe["file"] == str(out / "0000_m_safe.txt") and "error" not in safe and safe["seconds"] > 0
+    assert "its parentheses are not closed" in torn["error"] and torn["counterexample"] is None
+    assert counterexample_text(**unsafe["counterexample"]) == Path(unsafe["file"]).read_text().partition("\n")[2]
+    assert found["results"] == str(out / "results.csv")
+
+
+def answered(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    """The one JSON object that a command prints."""
+    capsys.readouterr()
+    assert main([*map(str, arguments), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    found: dict[str, Any] = json.loads(out)
+    return found
 
 
 def test_the_command_prints_the_answer_and_refuses_in_one_line(
@@ -218,6 +237,12 @@ def test_the_command_prints_the_answer_and_refuses_in_one_line(
     (tmp_path / "p.vnnlib").write_text(robustness(x[0], int(y[0]), 1e-4, CLASSES))
     assert main(["vnnlib", str(path), str(tmp_path / "p.vnnlib"), "--timeout", "20"]) == 0
     assert capsys.readouterr().out == "unsat\n"
+    found = answered(capsys, "vnnlib", path, tmp_path / "p.vnnlib")
+    assert (found["result"], found["counterexample"]) == ("unsat", None)
+    assert (found["network"], found["property"]) == (str(path), str(tmp_path / "p.vnnlib"))
+    (tmp_path / "p.vnnlib").write_text(robustness(x[0], int(y[0]), 0.5, CLASSES))
+    found = answered(capsys, "vnnlib", path, tmp_path / "p.vnnlib", "--out", tmp_path / "r")
+    assert (tmp_path / "r").read_text() == "sat\n" + counterexample_text(**found["counterexample"])
     assert main(["vnnlib", str(path), str(path)]) == 2
     assert "no text file" in capsys.readouterr().err
     assert main(["vnnlib", str(path)]) == 2

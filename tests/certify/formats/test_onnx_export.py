@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,14 +35,18 @@ NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) f
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_model_family_is_exported_and_read_back(name: str, tmp_path: Path) -> None:
+def test_every_model_family_is_exported_and_read_back(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     size = 32
     model = MODELS.parse(SMALL.get(name, name))((3, size, size), 10, (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)).eval()
     settings = {"model": SMALL.get(name, name), "input_shape": [3, size, size], "classes": 10}
     settings |= {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.3]}
     Checkpoint(model, settings, LinfBall(0.01)).save(tmp_path / "checkpoint.safetensors")
-    assert main(["export", str(tmp_path / "checkpoint.safetensors"), str(tmp_path / "model.onnx")]) == 0
+    assert main(["export", str(tmp_path / "checkpoint.safetensors"), str(tmp_path / "model.onnx"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["onnx"] == str(tmp_path / "model.onnx") and 0 <= told["difference"] < 1e-3
     x = torch.rand(2, 3, size, size)
     with torch.no_grad():
         expected = model(x)
