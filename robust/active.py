@@ -32,6 +32,8 @@ class RunFacts:
             classes, on the run's device.
         ball: threat model of training at the full radius.
         group: processes that train together, each with a part of every batch; None for one process.
+        own: text of the network in training where it is the user's own, FILE.py:NAME. `build` runs the file that a
+            text names, so a text that a checkpoint gives is built only where it is this one.
     """
 
     model: nn.Module
@@ -43,6 +45,7 @@ class RunFacts:
     build: Callable[[str], nn.Module]
     ball: Ball = LinfBall(0.0)
     group: dist.ProcessGroup | None = None
+    own: str | None = None
 
 
 @dataclass

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from certify.graph import capture
 from robust.active import Active, Moment, RunFacts
-from robust.checkpoint import load
+from robust.checkpoint import CheckpointError, load, named_network
+from robust.model import names_file
 
 
 class FrozenModel(Active):
     """A trained network in evaluation mode; only gradients in its input flow through it.
 
     Args:
-        path: its checkpoint.
+        path: its checkpoint; one of a user's own network only where the run trains that network, too.
 
     Raises:
         ValueError: it was trained for other images or classes than the run's.
@@ -30,7 +31,13 @@ class FrozenModel(Active):
     """
 
     def __init__(self, path: str, run: RunFacts) -> None:
-        checkpoint = load(Path(path))
+        named = named_network(Path(path))
+        if names_file(named) and named != run.own:
+            raise CheckpointError(
+                f"{path}: its network is {named}, and no checkpoint makes code run; it can teach the run of the same "
+                f"--model {named} only"
+            )
+        checkpoint = load(Path(path), run.build(named) if names_file(named) else None)
         there = (tuple(checkpoint.settings["input_shape"]), checkpoint.settings["classes"])
         if there != (tuple(run.input_shape), run.classes):
             raise ValueError(

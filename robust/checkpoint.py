@@ -118,6 +118,15 @@ def load(path: Path, network: nn.Module | None = None) -> Checkpoint:
     )
 
 
+def named_network(path: Path) -> str:
+    """What a checkpoint's settings call its network: a text that MODELS parses, or FILE.py:NAME; nothing is run.
+
+    Raises:
+        CheckpointError: see `load`.
+    """
+    return str(load_tensors(path)[1].get("settings", {}).get("model", ""))
+
+
 def load_state_dict_file(path: Path, model: nn.Module, layout: str | None = None) -> None:
     """Copy a plain state dict, from safetensors or from a pickle read weights-only, into `model`.
 

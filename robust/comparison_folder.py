@@ -15,12 +15,13 @@ from matplotlib.ticker import MaxNLocator
 
 from attacks.attack import ATTACKS
 from robust import plots
-from robust.checkpoint import load
+from robust.checkpoint import Checkpoint, load, named_network
 from robust.comparison import Judged, Line, Weights, as_csv, cells, compare
 from robust.comparison_page import comparison_page
 from robust.dataset import parse_dataset
 from robust.evaluate import evaluate
 from robust.files import encode, read_json_lines, write_whole
+from robust.own_model import OwnModelError, own_among, own_network
 from robust.page import Picture
 from robust.report_folder import write_report
 from robust.run_setup import CHECKPOINT, LAST, LOG, TrainingError
@@ -37,24 +38,25 @@ def compare_runs(runs: Sequence[Path], attacks: Sequence[str], out: Path, **opti
     Args:
         runs: folders; the first is what fairness is measured against.
         attacks: their texts.
-        options: `root` of the data sets, and `limit`, `batch_size`, `device`, `progress` of `robust.evaluate.evaluate`.
+        options: `root` of the data sets; `models`, the user's own networks FILE.py:NAME, each for the runs that were
+            trained as it; and `limit`, `batch_size`, `device`, `progress` of `robust.evaluate.evaluate`.
 
     Raises:
         TrainingError: a folder without a finished run, or the same folder twice.
+        OwnModelError: a network of `models` that is none of the runs', or cannot be used.
+        CheckpointError: a run of the user's own network that is not among `models`.
     """
     names = _names(runs)
-    root = options.pop("root", None)
+    root, models = options.pop("root", None), options.pop("models", ())
     judged = []
-    for name, run in zip(names, runs, strict=True):
-        for weights, path in _checkpoints(run).items():
-            checkpoint = load(path)
-            data = parse_dataset(checkpoint.settings["data"])(root)
-            for number, text in enumerate(attacks):
-                attack = ATTACKS.parse(text)
-                folder = out / f"{name}_{weights}_{number}_{text.partition(':')[0]}"
-                report = evaluate(checkpoint, data, checkpoint.ball, None, attack, out=folder, **options)
-                write_report(report, folder, images=data.test)
-                judged.append(Judged(name, weights, text, report))
+    for name, weights, checkpoint in _loaded(names, runs, models):
+        data = parse_dataset(checkpoint.settings["data"])(root)
+        for number, text in enumerate(attacks):
+            attack = ATTACKS.parse(text)
+            folder = out / f"{name}_{weights}_{number}_{text.partition(':')[0]}"
+            report = evaluate(checkpoint, data, checkpoint.ball, None, attack, out=folder, **options)
+            write_report(report, folder, images=data.test)
+            judged.append(Judged(name, weights, text, report))
     lines = compare(judged)
     curves = {name: robust_curve(read_json_lines(run / LOG)) for name, run in zip(names, runs, strict=True)}
     write_comparison(lines, {name: curve for name, curve in curves.items() if curve}, out)
@@ -139,6 +141,25 @@ def _names(runs: Sequence[Path]) -> list[str]:
         raise TrainingError("the same run is given twice")
     names = [path.name for path in paths]
     return names if len(set(names)) == len(names) else ["_".join(path.parts[1:]) for path in paths]
+
+
+def _loaded(names: Sequence[str], runs: Sequence[Path], models: Sequence[str]) -> list[tuple[str, Weights, Checkpoint]]:
+    """The checkpoints of every run, all of them before the first is judged: a mistake is told at once."""
+    paths = [
+        (name, weights, path)
+        for name, run in zip(names, runs, strict=True)
+        for weights, path in _checkpoints(run).items()
+    ]
+    trained = [named_network(path) for _, _, path in paths]
+    own = [own_among(text, models) for text in trained]
+    for text in models:
+        if text not in own:
+            known = ", ".join(dict.fromkeys(trained))
+            raise OwnModelError(f"--model {text}: no run was trained as that network; the runs are of {known}")
+    return [
+        (name, weights, load(path, None if text is None else own_network(text)))
+        for (name, weights, path), text in zip(paths, own, strict=True)
+    ]
 
 
 def _checkpoints(run: Path) -> dict[Weights, Path]:

@@ -23,6 +23,14 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_own_network(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="FILE.py:NAME",
+        help="your own network, whose file is run; where the checkpoint is of one",
+    )
+
+
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",

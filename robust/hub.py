@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from robust.checkpoint import Checkpoint, CheckpointError, ball_facts, load
+from robust.model import names_file
 from robust.report import ROWS_FILE, Report
 from robust.run_setup import CHECKPOINT
 
@@ -51,19 +54,26 @@ def local_checkpoint(name: Path) -> Path:
     return Path(found)
 
 
-def push(path: Path, repository: str, reports: Sequence[Path] = (), private: bool = False) -> str:
+def push(
+    path: Path,
+    repository: str,
+    reports: Sequence[Path] = (),
+    private: bool = False,
+    network: nn.Module | None = None,
+) -> str:
     """Upload a checkpoint with its card and the rows of its reports; the address of the repository.
 
     Args:
         path: checkpoint of the suite, which is loaded first: a damaged one is refused.
         repository: user/name; made where it is absent.
         reports: folders of evaluations.
+        network: the user's own, which the checkpoint is of; its file is not uploaded. See `load`.
 
     Raises:
         CheckpointError, ReportError: see `load` and `Report.load`. HubError: see `local_checkpoint`.
     """
     _check_name(repository, repository)
-    checkpoint = load(path)
+    checkpoint = load(path, network)
     loaded = {folder: Report.load(folder) for folder in reports}
     _refuse_other_checkpoints(checkpoint, loaded)
     with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +113,11 @@ def card(checkpoint: Checkpoint, repository: str, reports: Sequence[Report]) -> 
         lines += _results(report)
     if not reports:
         lines += ["Nothing was measured on test images; the numbers below are from training.", ""]
-    lines += ["## Use", "", "```bash", f"robust certify {MARK}{repository}", "```", ""]
+    own = f" --model {settings['model']}" if names_file(settings["model"]) else ""
+    lines += ["## Use", "", "```bash", f"robust certify {MARK}{repository}{own}", "```", ""]
+    if own:
+        file, _, name = settings["model"].partition(":")
+        lines += [f"The network is the author's own: `{name}` of `{file}`, a file that is not part of this upload.", ""]
     if checkpoint.metrics:
         metrics = ", ".join(f"{name} {value:.2f}" for name, value in checkpoint.metrics.items())
         lines += ["## Training", "", f"Held-out images, in percent: {metrics}.", ""]

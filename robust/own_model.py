@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -42,6 +43,22 @@ def own_network(text: str) -> nn.Module:
     if not names_file(text):
         raise OwnModelError(f"--model {text}: expected your own network, FILE.py:NAME; a checkpoint names any other")
     return _build(text)
+
+
+def own_among(trained: str, given: Sequence[str]) -> str | None:
+    """Which of the networks that the user gives is the one that a checkpoint names; None where none is.
+
+    The same text, or else the one text with the same NAME in a file of the same name, in whatever folder it is now.
+    """
+    if trained in given:
+        return trained
+    alike = [text for text in given if _without_folder(text) == _without_folder(trained)]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _without_folder(text: str) -> tuple[str, str]:
+    file, _, name = text.partition(":")
+    return Path(file).name, name
 
 
 def model_for(text: str, data: DataSet) -> nn.Module:

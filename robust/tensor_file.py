@@ -57,7 +57,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, header = read_safetensors(path)
     if header.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: a safetensors file, but none that this suite wrote; pass --model to load it as a state dict"
+            f"{path}: a safetensors file, but no checkpoint of this suite; `robust certify` and `attack` take its "
+            "weights with --model"
         )
     if header.get("version") != str(VERSION):
         raise CheckpointError(
@@ -84,7 +85,10 @@ def content_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of anybody's safetensors file; CheckpointError where `path` is not one, in full."""
     if pickled(path):
-        raise CheckpointError(f"{path}: a pickled file can run code; pass --model to load it weights-only")
+        raise CheckpointError(
+            f"{path}: a pickled file can run code, and is no checkpoint of this suite; `robust certify` and `attack` "
+            "take its weights, and nothing else in it, with --model"
+        )
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})

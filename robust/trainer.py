@@ -493,6 +493,7 @@ class _Run:
             lambda text: build_model(dataclasses.replace(self.settings, model=text), self.data).to(self.device),
             self.settings.train_ball(),
             None if self.team is None else self.team.group,
+            self.settings.model if names_file(self.settings.model) else None,
         )
 
     def _example(self) -> Tensor:

@@ -32,6 +32,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=count, metavar="N", default=100, help="images decided and written together (default: 100)"
     )
     parser.add_argument("--out", type=Path, help="folder of the comparison (default: comparison/ in the first run)")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=[],
+        metavar="FILE.py:NAME",
+        help="your own networks, whose files are run; where runs are of such",
+    )
     add_machine(parser)
     add_json(parser)
 
@@ -45,6 +52,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         options.attacks,
         out,
         root=options.root,
+        models=options.model,
         limit=options.limit,
         batch_size=options.batch_size,
         device=usable_device(options.device),

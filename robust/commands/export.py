@@ -8,7 +8,7 @@ from typing import Any
 
 from certify.formats.onnx_export import export_onnx
 from robust.checkpoint import load
-from robust.flags import add_json
+from robust.flags import add_json, add_own_network
 from robust.hub import local_checkpoint
 from robust.own_model import own_network
 from robust.plain import plain
@@ -23,9 +23,7 @@ Pixels in [0, 1] to logits, normalisation included, for any number of images. on
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="checkpoint, or hf:user/name")
     parser.add_argument("onnx", type=Path, help="file to write")
-    parser.add_argument(
-        "--model", help="your own network as FILE.py:NAME, which is run; where the checkpoint is of one"
-    )
+    add_own_network(parser)
     add_json(parser)
 
 

@@ -322,7 +322,10 @@ def test_damaged_and_pickled_checkpoints_are_refused(robust: Cli, checkpoint: Pa
     Path("flipped.safetensors").write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     refused(robust("certify", "flipped.safetensors"), "do not match their SHA-256; the file is damaged or was edited")
     Path("evil.pt").write_bytes(pickle.dumps({"weights": Harmful()}))
-    refused(robust("certify", "evil.pt"), "evil.pt: a pickled file can run code; pass --model")
+    refused(
+        robust("certify", "evil.pt"),
+        "evil.pt: a pickled file can run code, and is no checkpoint of this suite; `robust certify`",
+    )
     refused(
         robust("certify", "evil.pt", "--model", MODEL, "--data", "digits", "--eps", "0.1"), "refused without running it"
     )

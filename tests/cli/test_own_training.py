@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,10 @@ from torch import nn
 from robust.checkpoint import CheckpointError, load
 from robust.cli import main
 from robust.dataset import parse_dataset
-from robust.own_model import own_network
+from robust.own_model import own_among, own_network
 from robust.run_setup import build_model
 from robust.settings import Settings
+from tests.robust.runs import REPOSITORY
 
 NET = """
 from pathlib import Path
@@ -84,6 +87,58 @@ def test_export_takes_no_other_model(here: Path, capsys: pytest.CaptureFixture[s
     assert main(["export", "run/checkpoint.safetensors", "net.onnx", "--model", "cnn3"]) == 2
     assert "--model cnn3: expected your own network, FILE.py:NAME" in capsys.readouterr().err
     assert not Path("net.onnx").exists()
+
+
+def test_it_is_compared_with_other_runs_and_only_as_the_network_that_it_is(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*TRAIN.split(), *QUIET]) == 0
+    other = TRAIN.replace("my_net.py:Net", "mlp:hidden=8").replace("--out run", "--out other")
+    assert main([*other.split(), *QUIET]) == 0
+    compare = ["compare", "other", "run", "--attacks", "fgsm", "--limit", "30", *QUIET]
+    assert main(compare) == 2
+    assert "name it yourself: --model my_net.py:Net" in capsys.readouterr().err
+    assert main([*compare, "--model", "my_net.py:Branching"]) == 2
+    words = "no run was trained as that network; the runs are of mlp:hidden=8, my_net.py:Net"
+    assert words in capsys.readouterr().err and not Path("other/comparison").exists()
+    Path("elsewhere").mkdir()
+    Path("my_net.py").rename("elsewhere/my_net.py")
+    assert main([*compare, "--model", "elsewhere/my_net.py:Net", "--json"]) == 0
+    lines = json.loads(capsys.readouterr().out)["lines"]
+    assert [line["run"] for line in lines] == ["other", "run"]
+    x, y = parse_dataset("digits")().test.batch(torch.arange(30))
+    model = load(Path("run/checkpoint.safetensors"), own_network("elsewhere/my_net.py:Net")).model
+    assert lines[1]["clean"] == pytest.approx(float((model(x).argmax(1) == y).double().mean()))
+
+
+def test_of_networks_of_the_same_name_the_one_with_the_same_folder_is_meant() -> None:
+    given = ["a/net.py:Net", "b/net.py:Net", "b/net.py:Other"]
+    assert own_among("b/net.py:Net", given) == "b/net.py:Net"
+    assert own_among("c/net.py:Net", given) is None and own_among("net.py:Other", given) == "b/net.py:Other"
+    assert own_among("other.py:Net", given) is None and own_among("cnn3", given) is None
+
+
+def test_it_teaches_its_like_and_its_file_is_not_run_for_another_network(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*TRAIN.split(), *QUIET]) == 0
+    taught = TRAIN.replace("--objective ibp", "--objective hat:standard=run/checkpoint.safetensors")
+    taught = taught.replace("--out run", "--out taught --batch_size 400").replace("--epochs 2", "--epochs 1")
+    assert main([*taught.split(), *QUIET]) == 0
+    Path("was_run").unlink()
+    capsys.readouterr()
+    assert main([*taught.replace("my_net.py:Net", "mlp:hidden=8").replace("taught", "no").split(), *QUIET]) == 2
+    assert "it can teach the run of the same --model my_net.py:Net only" in capsys.readouterr().err
+    assert not Path("was_run").exists()
+
+
+def test_points_that_fool_it_are_stored(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main([*TRAIN.split(), *QUIET]) == 0
+    script = REPOSITORY / "scripts" / "transfer_points.py"
+    words = "run/checkpoint.safetensors --model my_net.py:Net --out points.npz --attack fgsm --copies 1"
+    monkeypatch.setattr(sys, "argv", [str(script), *words.split()])
+    runpy.run_path(str(script), run_name="__main__")
+    assert Path("points.npz").exists()
 
 
 def test_two_runs_of_a_seed_start_from_the_same_weights_and_as_built_keeps_the_files(here: Path) -> None:

@@ -87,6 +87,23 @@ def test_a_card_says_where_nothing_was_measured(run: Path) -> None:
     assert "Nothing was measured on test images" in card(load(run / "checkpoint.safetensors"), "user/name", [])
 
 
+def test_a_network_of_ones_own_is_uploaded_without_its_file(
+    uploads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_net.py").write_text(
+        "from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    trained(tiny(epochs=1, model="my_net.py:net"), tmp_path)
+    assert main(["push", "checkpoint.safetensors", "user/own"]) == 2
+    assert "name it yourself: --model my_net.py:net" in capsys.readouterr().err and not uploads.exists()
+    assert main(["push", "checkpoint.safetensors", "user/own", "--model", "my_net.py:net"]) == 0
+    words = (uploads / "user" / "own" / "README.md").read_text(encoding="utf-8")
+    assert "robust certify hf:user/own --model my_net.py:net\n" in words
+    assert "`net` of `my_net.py`, a file that is not part of this upload" in words
+    assert sorted(path.name for path in (uploads / "user" / "own").iterdir()) == ["README.md", "checkpoint.safetensors"]
+
+
 def test_reports_of_another_checkpoint_and_files_that_are_none_are_refused(
     run: Path, uploads: Path, tmp_path: Path
 ) -> None:

@@ -101,7 +101,7 @@ def test_missing_files_folders_foreign_and_newer_files_are_refused(tmp_path: Pat
         load_tensors(tmp_path)
     foreign = tmp_path / "foreign"
     safetensors.torch.save_file({"a": torch.ones(1)}, foreign)
-    with pytest.raises(CheckpointError, match="none that this suite wrote"):
+    with pytest.raises(CheckpointError, match="no checkpoint of this suite"):
         load_tensors(foreign)
     safetensors.torch.save_file({"a": torch.ones(1)}, foreign, metadata={"format": "robust-suite", "version": "2"})
     with pytest.raises(CheckpointError, match="written in format 2, and this suite reads format 1"):
@@ -111,7 +111,7 @@ def test_missing_files_folders_foreign_and_newer_files_are_refused(tmp_path: Pat
 def test_a_pickle_is_refused_by_its_first_bytes_whatever_its_name(tmp_path: Path) -> None:
     for name in ("model.safetensors", "model.pt"):
         torch.save({"a": torch.ones(1)}, tmp_path / name)
-        with pytest.raises(CheckpointError, match=f"{name}: a pickled file can run code; pass --model"):
+        with pytest.raises(CheckpointError, match=f"{name}: a pickled file can run code, .* with --model"):
             load_tensors(tmp_path / name)
 
 
