@@ -41,6 +41,7 @@ setup(
         ],
         "foolbox": ["foolbox"],
         "hub": ["huggingface_hub"],
+        "docs": ["pdoc>=15"],
         # The bound keeps resolvers from an older release without the pin on requests 2.25 that this one has.
         "torchattacks": ["torchattacks>=3.5.1"],
     },

@@ -13,7 +13,7 @@ ITERATIONS = 50
 
 
 def onto_hyperplane(ball: Ball, point: Tensor, slope: Tensor, value: Tensor) -> Tensor:
-    """Move of least length, in the ball's norm, from each point to {z : value + <slope, z - point> = 0}; as `point`.
+    """Move of least length, in the ball's norm, from each point to `{z : value + <slope, z - point> = 0}`; as `point`.
 
     The points that are reached lie in the ball's pixel range. Where the hyperplane misses the range, the move ends in
     the corner that is nearest to it in value.

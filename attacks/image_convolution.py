@@ -43,15 +43,18 @@ class ImageConvolution(torch.autograd.Function):
         padding: tuple[int, ...],
         dilation: tuple[int, ...],
     ) -> Tensor:
+        """The convolution, as torch computes it."""
         return F.conv2d(x, weight, bias, stride, padding, dilation)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the weight and the sizes that the gradient needs, not the image."""
         x, ctx.weight, _, ctx.stride, ctx.padding, ctx.dilation = inputs
         ctx.size, ctx.dtype = x.shape[2:], x.dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient in the image alone."""
         # Under autocast the incoming gradient may be bfloat16; the pixels it belongs to are not.
         weight = ctx.weight.to(grads[0].dtype)
         if _interleaves(weight, ctx.stride, ctx.dilation):

@@ -64,7 +64,7 @@ class Ball(ABC):
 
     @abstractmethod
     def dual_norm(self, a: Tensor, dims: tuple[int, ...]) -> Tensor:
-        """Largest value of <a, d> / eps over moves d of the ball (pixel range aside), reduced over `dims`."""
+        """Largest value of `<a, d>` / eps over moves d of the ball (pixel range aside), reduced over `dims`."""
 
     @abstractmethod
     def length(self, move: Tensor) -> Tensor:

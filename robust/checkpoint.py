@@ -28,7 +28,17 @@ from robust.tensor_file import (
 )
 from robust.versions import versions
 
-__all__ = ["Checkpoint", "CheckpointError", "load", "load_state_dict_file", "load_tensors", "save_tensors"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "ball_facts",
+    "load",
+    "load_state_dict_file",
+    "load_tensors",
+    "named_network",
+    "read_ball",
+    "save_tensors",
+]
 
 KIND = "checkpoint"
 

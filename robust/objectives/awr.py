@@ -25,7 +25,7 @@ class AWR:
     """Label-smoothed CE on labelled images + g KL(teacher(x) / T || z(x) / T) + w c KL(p(x) || p(x_adv)) on all
     (Yang et al. 2023, SRST-AWR).
 
-    c = b <q, p(x)> + (1 - b) (1 - <q, p(x_adv)>), q the teacher's prediction at the clean image in both places; it is
+    `c = b <q, p(x)> + (1 - b) (1 - <q, p(x_adv)>)`, q the teacher's prediction at the clean image in both places; it is
     trained, not detached. The teacher is frozen, from semi-supervised training. An image of label -1 has none: it
     counts in the other terms alone. The attack sees the teacher's label. Passes in training mode: x, then x_adv; the
     authors pass labelled and unlabelled images apart, and the latter twice.
