@@ -169,6 +169,10 @@ def _asked(repository: str, request: Any) -> Any:
     errors = importlib.import_module("huggingface_hub.errors")
     try:
         return request(hub)
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise HubError(f"{repository}: the Hugging Face Hub gave no answer that helps ({reason})") from None
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, RuntimeError) as error:
+        # The client says of a large file only that its upload failed; why stands behind it.
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        reason = " ".join(str(cause).split())[:200]
+        refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+        advice = "; for a private repository or an upload: `hf auth login`, or $HF_TOKEN" if refused else ""
+        raise HubError(f"{repository}: the Hugging Face Hub gave no answer that helps ({reason}){advice}") from None

@@ -1,21 +1,16 @@
 """Checkpoints on the Hub: what is uploaded, and that what is downloaded is a checkpoint. Without a network.
 
-Downloads go through the real client to a server of this test; uploads end in a folder that stands for the Hub.
+Uploads and downloads go through the real client, to a small hub on this machine.
 """
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import json
 import os
-import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,9 +18,11 @@ from robust.checkpoint import CheckpointError, load
 from robust.cli import main
 from robust.hub import HubError, card, local_checkpoint, push, reports_beside
 from robust.report import Report
+from tests.robust.hub_server import TOKEN, Hub, serving
 from tests.robust.runs import REPOSITORY, tiny, trained
 
-hub = pytest.importorskip("huggingface_hub", reason="the extra [hub] is not installed")
+constants = pytest.importorskip("huggingface_hub.constants", reason="the extra [hub] is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
 
 
 @pytest.fixture(scope="module")
@@ -38,41 +35,39 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-class Folder:
-    """Stands for the Hub's client: repositories are folders."""
-
-    root: Path
-    private: dict[str, bool]
-
-    def create_repo(self, name: str, *, exist_ok: bool, private: bool) -> str:
-        assert exist_ok
-        self.private[name] = private
-        return f"https://hub.example/{name}"
-
-    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> None:
-        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
-
-
 @pytest.fixture
-def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(Folder, "root", tmp_path / "hub", raising=False)
-    monkeypatch.setattr(Folder, "private", {}, raising=False)
-    monkeypatch.setattr(hub, "HfApi", Folder)
-    return tmp_path / "hub"
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub of this machine, which the client of this process takes for the real one, with a token that may write."""
+    with serving() as local:
+        monkeypatch.setattr(constants, "ENDPOINT", local.address)
+        # The other way of sending large files, Xet, is a binary of its own; this one is plain HTTP.
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield local
+
+
+def stored(server: Hub, name: str, folder: Path) -> Path:
+    """The files of a repository, in a folder."""
+    for path, content in server.repositories[name].files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    return folder
 
 
 def test_a_checkpoint_is_uploaded_with_its_rows_and_a_card_of_its_numbers(
-    run: Path, uploads: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, server: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["push", str(run / "checkpoint.safetensors"), "user/digits-ibp", "--private"]
     assert main([*command, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told == {"repository": "https://hub.example/user/digits-ibp", "reports": [str(run / "certify")]}
-    assert main(command) == 0
-    assert capsys.readouterr().out == "https://hub.example/user/digits-ibp\n" and Folder.private == {
-        "user/digits-ibp": True
-    }
-    there = uploads / "user" / "digits-ibp"
+    address = f"{server.address}/user/digits-ibp"
+    assert told == {"repository": address, "reports": [str(run / "certify")]}
+    assert server.repositories["user/digits-ibp"].private and len(server.large) == 1
+    assert main(command) == 0, "a repository that is there already is written to"
+    assert capsys.readouterr().out == f"{address}\n"
+    there = stored(server, "user/digits-ibp", tmp_path)
     assert load(there / "checkpoint.safetensors").hash() == load(run / "checkpoint.safetensors").hash()
     report = Report.load(there / "certify")
     words, rate = (there / "README.md").read_text(encoding="utf-8"), report.summary().rates.certified
@@ -88,7 +83,7 @@ def test_a_card_says_where_nothing_was_measured(run: Path) -> None:
 
 
 def test_a_network_of_ones_own_is_uploaded_without_its_file(
-    uploads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my_net.py").write_text(
@@ -96,16 +91,17 @@ def test_a_network_of_ones_own_is_uploaded_without_its_file(
     )
     trained(tiny(epochs=1, model="my_net.py:net"), tmp_path)
     assert main(["push", "checkpoint.safetensors", "user/own"]) == 2
-    assert "name it yourself: --model my_net.py:net" in capsys.readouterr().err and not uploads.exists()
+    assert "name it yourself: --model my_net.py:net" in capsys.readouterr().err and not server.asked
     assert main(["push", "checkpoint.safetensors", "user/own", "--model", "my_net.py:net"]) == 0
-    words = (uploads / "user" / "own" / "README.md").read_text(encoding="utf-8")
+    files = server.repositories["user/own"].files
+    words = files["README.md"].decode()
     assert "robust certify hf:user/own --model my_net.py:net\n" in words
     assert "`net` of `my_net.py`, a file that is not part of this upload" in words
-    assert sorted(path.name for path in (uploads / "user" / "own").iterdir()) == ["README.md", "checkpoint.safetensors"]
+    assert sorted(files) == ["README.md", "checkpoint.safetensors"]
 
 
 def test_reports_of_another_checkpoint_and_files_that_are_none_are_refused(
-    run: Path, uploads: Path, tmp_path: Path
+    run: Path, server: Hub, tmp_path: Path
 ) -> None:
     trained(tiny(epochs=1, model="mlp:hidden=8", seed=1), tmp_path / "other")
     with pytest.raises(CheckpointError, match="evaluates another checkpoint than the one to upload"):
@@ -113,36 +109,28 @@ def test_reports_of_another_checkpoint_and_files_that_are_none_are_refused(
     (tmp_path / "broken.safetensors").write_bytes(b"no checkpoint")
     with pytest.raises(CheckpointError):
         push(tmp_path / "broken.safetensors", "user/name")
-    assert not uploads.exists()
+    assert not server.asked
 
 
-@pytest.fixture
-def server(run: Path) -> Iterator[str]:
-    """Serves the run's checkpoint as the Hub serves a file, and nothing else."""
-    content = (run / "checkpoint.safetensors").read_bytes()
+def test_an_upload_that_fails_is_one_line_with_its_reason(
+    run: Path, server: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.full = True
+    assert main(["push", str(run / "checkpoint.safetensors"), "user/digits-ibp", "--reports"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]  # behind the client's progress bar
+    assert "robust: user/digits-ibp: the Hugging Face Hub gave no answer that helps (" in line and "507" in line
+    assert not server.repositories["user/digits-ibp"].files
 
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            known = self.path == "/user/digits-ibp/resolve/main/checkpoint.safetensors"
-            self.send_response(200 if known else 404)
-            self.send_header("Content-Length", str(len(content) if known else 0))
-            self.send_header("X-Repo-Commit", "0" * 40)
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            if not known:
-                self.send_header("X-Error-Code", "RepoNotFound")
-            self.end_headers()
 
-        def do_GET(self) -> None:
-            self.do_HEAD()
-            self.wfile.write(content)
-
-        def log_message(self, format: str, *arguments: Any) -> None: ...
-
-    listening = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{listening.server_port}"
-    listening.shutdown()
-    listening.server_close()
+def test_without_the_right_to_write_one_line_says_so(
+    run: Path, server: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
+    assert main(["push", str(run / "checkpoint.safetensors"), "user/digits-ibp"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("robust: user/digits-ibp: the Hugging Face Hub gave no answer that helps (")
+    assert "401" in line and line.endswith("; for a private repository or an upload: `hf auth login`, or $HF_TOKEN")
+    assert not server.repositories
 
 
 def certify(name: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -158,8 +146,9 @@ def certify(name: str, folder: Path, **environment: str) -> subprocess.Completed
     )
 
 
-def test_a_name_of_the_hub_stands_for_its_file(server: str, run: Path, tmp_path: Path) -> None:
-    done = certify("hf:user/digits-ibp", tmp_path, HF_ENDPOINT=server)
+def test_what_was_pushed_is_certified_by_its_name(server: Hub, run: Path, tmp_path: Path) -> None:
+    assert main(["push", str(run / "checkpoint.safetensors"), "user/digits-ibp", "--private"]) == 0
+    done = certify("hf:user/digits-ibp", tmp_path, HF_ENDPOINT=server.address, HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
     there = tmp_path / "runs" / "hub" / "user" / "digits-ibp"
     assert load(there / "checkpoint.safetensors").hash() == load(run / "checkpoint.safetensors").hash()
@@ -167,8 +156,8 @@ def test_a_name_of_the_hub_stands_for_its_file(server: str, run: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_what_the_hub_does_not_have_is_one_line(server: str, tmp_path: Path) -> None:
-    absent = certify("hf:user/nothing", tmp_path, HF_ENDPOINT=server)
+def test_what_the_hub_does_not_have_is_one_line(server: Hub, tmp_path: Path) -> None:
+    absent = certify("hf:user/nothing", tmp_path, HF_ENDPOINT=server.address)
     assert absent.returncode == 2 and len(absent.stderr.splitlines()) == 1
     assert absent.stderr.startswith("robust: user/nothing: the Hugging Face Hub gave no answer that helps")
 
