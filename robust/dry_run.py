@@ -21,6 +21,7 @@ from robust import memory
 from robust.checkpoint import Checkpoint
 from robust.dataset import DataSet
 from robust.evaluate import BLOCK, describe, evaluate
+from robust.images import Images
 from robust.memory import readable
 from robust.page import duration
 from robust.plots import NORMS, radius
@@ -29,6 +30,9 @@ from robust.trainer import rehearse
 
 STEPS = 3
 """Optimiser steps that are timed, and images that are decided, for an estimate."""
+
+COUNTED = 2
+"""Images on which unstable neurons are counted, for an estimate of memory."""
 
 
 def dry_train(settings: Settings, out: Path, root: Path | None, device: str) -> dict[str, Any]:
@@ -105,7 +109,7 @@ def dry_judgement(
     timeout = getattr(verifier, "timeout", None)
     limit = f"; its timeout allows {duration(timeout * count)} at most" if timeout else ""
     print(f"time: about {duration(each * count)}, measured on {len(timed)} of the images{limit}")
-    note = memory_advice(checkpoint.model, data.input_shape, batch, verifier, options["device"])
+    note = memory_advice(checkpoint.model, getattr(data, options["split"]), ball, batch, verifier, options["device"])
     facts["advice"] = note
     _print_memory(facts)
     if note is not None:
@@ -114,16 +118,15 @@ def dry_judgement(
     return facts
 
 
-def memory_advice(model: nn.Module, input_shape: tuple[int, ...], batch: int, verifier: Any, device: str) -> str | None:
+def memory_advice(model: nn.Module, images: Images, ball: Ball, batch: int, verifier: Any, device: str) -> str | None:
     """What to do where the verifier's bounds would not fit; None where they do, or where nothing can be estimated."""
     if verifier is None:
         return None
-    name = (describe(VERIFIERS, verifier) or "").partition(":")[0]
+    x, _ = images.batch(torch.arange(min(COUNTED, len(images))), device)
     try:
-        needed = memory.need(model, input_shape, batch, name)
+        return memory.note(model.to(device).eval(), x, ball, batch, verifier, memory.free_bytes(device))
     except (CaptureError, UnsupportedOp):
         return None  # verifiers that need no bounds take such a model, the others say what they cannot do
-    return memory.advice(needed, memory.free_bytes(device), batch)
 
 
 def _print_memory(facts: Mapping[str, Any]) -> None:

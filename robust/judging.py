@@ -56,7 +56,7 @@ def judge(options: argparse.Namespace, verifier: Any, attack: Any) -> dict[str, 
     if options.dry_run:
         return dry_judgement(checkpoint, data, ball, verifier, attack, out, vars(options)) if leads else {}
     batch = options.batch_size or getattr(verifier, "block", BLOCK)
-    note = memory_advice(checkpoint.model, data.input_shape, batch, verifier, device)
+    note = memory_advice(checkpoint.model, images, ball, batch, verifier, device)
     if leads and note is not None:
         print(f"robust: note: {note}", file=sys.stderr)
     sources = _sources(options, checkpoint)
