@@ -238,7 +238,9 @@ def _unpickled(path: Path) -> Any:
             "export the state dict alone, best as safetensors"
         ) from None
     except MALFORMED as error:
-        raise CheckpointError(f"{path}: truncated, damaged or no file of weights ({_one_line(error)})") from None
+        raise CheckpointError(
+            f"{path}: truncated, damaged or no file of weights ({_one_line(error)}); save or copy it again"
+        ) from None
 
 
 def _state_dict_in(content: Any, path: Path) -> dict[str, Tensor]:
@@ -271,7 +273,7 @@ def _few(names: Iterable[str], count: int = 3) -> str:
 
 def _one_line(error: Exception) -> str:
     return (
-        f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        f"{type(error).__name__}: {str(error).strip().splitlines()[0].partition('. This is')[0][:200]}"
         if str(error).strip()
         else type(error).__name__
     )

@@ -166,5 +166,7 @@ def _checkpoints(run: Path) -> dict[Weights, Path]:
     """Checkpoints of a run: best and last where the best was selected, else the last alone."""
     kept, last = run / CHECKPOINT, run / LAST
     if not kept.exists():
-        raise TrainingError(f"{run}: holds no finished run ({CHECKPOINT} is missing)")
+        raise TrainingError(
+            f"{run}: holds no finished run ({CHECKPOINT} is missing); give the --out of a `robust train`"
+        )
     return {"best": kept, "last": last} if last.exists() else {"last": kept}

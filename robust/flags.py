@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from attacks.registry import number
+
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,6 +54,14 @@ def usable_device(text: str) -> str:
 def own_device(text: str, several: bool) -> str:
     """Of several processes of a host, started by torchrun, each takes a GPU of its own where --device names none."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if several and text == "cuda" else text
+
+
+def number_of(flag: str, text: str) -> float:
+    """The flag's number, such as 0.1 or 8/255; ValueError names the flag where it is none."""
+    try:
+        return number(text)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
 
 
 def count(text: str) -> int:

@@ -57,7 +57,7 @@ def report_folder(path: Path) -> Path:
     if found:
         return found[0]
     if not path.is_dir():
-        raise ReportError(f"{path / ROWS_FILE}: no such report")
+        raise ReportError(f"{path / ROWS_FILE}: no such report; `robust certify` and `robust attack` write one")
     raise ReportError(
         f"{path}: no report in it ({ROWS_FILE}, {' or '.join(f'{name}/{ROWS_FILE}' for name in REPORT_FOLDERS)}); "
         "`robust certify` and `robust attack` write one"

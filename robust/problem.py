@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attacks.registry import number
 from attacks.threat import Ball, make_ball
 from robust.checkpoint import Checkpoint, CheckpointError, load, load_state_dict_file
 from robust.dataset import DataSet, parse_dataset
-from robust.flags import count
+from robust.flags import count, number_of
 from robust.hub import local_checkpoint
 from robust.images import Images
 from robust.model import names_file
@@ -48,7 +47,7 @@ def problem(options: argparse.Namespace) -> tuple[Checkpoint, DataSet, Ball]:
     data = parse_dataset(options.data)(options.root)
     model = model_for(options.model, data)
     load_state_dict_file(options.checkpoint, model, options.layout)
-    ball = make_ball(options.norm or "linf", number(options.eps))
+    ball = make_ball(options.norm or "linf", number_of("--eps", options.eps))
     facts = {"model": options.model, "data": options.data, "input_shape": list(data.input_shape)}
     facts.update(classes=len(data.classes), mean=list(data.mean), std=list(data.std))
     return Checkpoint(model.eval(), facts, ball), data, ball
@@ -66,7 +65,7 @@ def _ball(options: argparse.Namespace, trained: Ball) -> Ball:
     """The checkpoint's threat model, changed by --norm and --eps."""
     norm = options.norm or trained.norm
     if options.eps is not None:
-        return make_ball(norm, number(options.eps), trained.pixel_range)
+        return make_ball(norm, number_of("--eps", options.eps), trained.pixel_range)
     if norm != trained.norm:
         raise ValueError(
             f"--norm {norm} also needs --eps: the checkpoint's {float(trained.eps):g} is a radius in {trained.norm}"

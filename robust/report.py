@@ -216,7 +216,7 @@ class Report:
         try:
             records = read_json_lines(path)
         except FileNotFoundError:
-            raise ReportError(f"{path}: no such report") from None
+            raise ReportError(f"{path}: no such report; `robust certify` and `robust attack` write one") from None
         except ValueError as error:
             raise ReportError(str(error)) from None
         return cls.from_records(records, path)

@@ -6,6 +6,7 @@ bytes. The hash finds damage and careless edits; it is no signature, since whoev
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -93,7 +94,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path}: truncated, damaged or no safetensors file ({error})") from None
+        raise CheckpointError(
+            f"{path}: truncated, damaged or no safetensors file ({error}); copy or save it again"
+        ) from None
 
 
 def pickled(path: Path) -> bool:
@@ -104,7 +107,9 @@ def pickled(path: Path) -> bool:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
+        if path.is_dir():
+            raise CheckpointError(f"{path}: is a folder, expected a file, such as {path / 'checkpoint.safetensors'}")
+        raise CheckpointError(f"{path}: no such file{_near(path)}")
     with path.open("rb") as file:
         start = file.read(9)
     # A safetensors file has its header's length in 8 bytes and then "{". The length can equal a pickle's first bytes.
@@ -112,6 +117,13 @@ def pickled(path: Path) -> bool:
         return False
     zipped, protocol = start.startswith(b"PK\x03\x04"), start[:1] == b"\x80"
     return zipped or protocol or path.suffix.lower() in PICKLE_SUFFIXES
+
+
+def _near(path: Path) -> str:
+    """Where a missing file was looked for, and the name there that it may have been meant to have."""
+    there = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, n=1)
+    return f" (looked for {path.resolve()}{f'; did you mean {path.parent / near[0]}?' if near else ''})"
 
 
 def _sha256(tensors: Mapping[str, Tensor], text: str) -> str:

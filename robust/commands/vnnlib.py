@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from attacks.registry import number
 from certify.formats.vnnlib import Instance
 from robust.files import write_whole
-from robust.flags import add_json
+from robust.flags import add_json, number_of
 from robust.vnncomp import RESULTS, decide, decide_all, facts, result_text
 
 WORDS = "answer VNN-LIB properties of ONNX networks"
@@ -38,7 +37,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         return {"instances": decide_all(options.model, options.out), "results": str(options.out / RESULTS)}
     if options.property is None:
         raise ValueError(f"which property of {options.model}? Give a .vnnlib file behind it")
-    timeout = math.inf if options.timeout is None else number(options.timeout)
+    timeout = math.inf if options.timeout is None else number_of("--timeout", options.timeout)
     instance, begin = Instance(options.model, options.property, timeout), time.perf_counter()
     found = decide(instance)
     text = result_text(found)

@@ -49,7 +49,7 @@ class Folder:
     def __call__(self, root: Path | None = None) -> DataSet:
         path = Path(self.path).expanduser()
         if not path.is_dir():
-            raise MissingData(f"folder: there is no folder {path}")
+            raise MissingData(f"folder: there is no folder {path} (looked for {path.resolve()})")
         decoder = Decoder(self.channels, resize=self.size or None, crop=self.size or None)
         train, test, classes = _parts(path, decoder)
         channels, height, width = decoder(test.files[0]).shape

@@ -57,7 +57,7 @@ class Npz:
 def read_npz(path: Path, layout: str = "auto") -> tuple[MemoryImages, MemoryImages, tuple[str, ...]]:
     """(train, test, class names) of an archive as `Npz` describes it; `train` is empty where there is none."""
     if not path.is_file():
-        raise MissingData(f"npz: there is no file {path}")
+        raise MissingData(f"npz: there is no file {path} (looked for {path.resolve()})")
     try:
         archive = np.load(path, allow_pickle=False)
     except (ValueError, zipfile.BadZipFile) as error:

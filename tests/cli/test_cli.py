@@ -280,7 +280,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         ("certify CHECKPOINT --model cnn5", "a plain state dict also needs --data and --eps"),
         ("attack CHECKPOINT --attack pgb", "no attack named 'pgb' (did you mean 'pgd'?)"),
         ("attack CHECKPOINT --attack pgd:step=3", "attack 'pgd' has no field 'step' (did you mean 'steps'?)"),
-        ("report gone", "gone/rows.jsonl: no such report"),
+        ("report gone", "gone/rows.jsonl: no such report; `robust certify` and `robust attack` write one"),
         ("report", "required: RUN"),
         ("methods attack", "argument KIND: invalid choice: 'attack'"),
         ("recipes nosuch", "no recipe 'nosuch'"),

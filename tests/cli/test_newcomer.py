@@ -144,8 +144,11 @@ def test_code_that_only_a_checkpoint_names_is_never_run(mine: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"weights": "gone.pt"}, "gone.pt: no such file"),
+        ({"weights": "gone.pt"}, "gone.pt: no such file (looked for /"),
+        ({"weights": "whole_mode.pt"}, "whole_mode.pt; did you mean whole_model.pt?)"),
         ({"weights": "cut.pt"}, "cut.pt: truncated, damaged or no file of weights"),
+        ({"weights": "cut.pt"}, "; save or copy it again"),
+        ({"eps": "2/25x"}, "--eps: expected a number such as 0.1 or 8/255, got '2/25x'"),
         ({"weights": "whole_model.pt"}, "the pickle holds more than tensors"),
         ({"weights": "my_net.py"}, "my_net.py: truncated, damaged or no safetensors file"),
         ({"eps": "2"}, "eps=2 leaves the pixel range [0, 1]; did you mean 2/255?"),
@@ -159,7 +162,7 @@ def test_code_that_only_a_checkpoint_names_is_never_run(mine: Path, capsys: pyte
         ({"model": "my_net.py:Odd"}, "fft"),
         ({"model": "cnn7"}, "the weights do not fit the model"),
         ({"model": "cnn77"}, "no model named 'cnn77' (did you mean 'cnn7'?)"),
-        ({"data": "folder:no_images"}, "folder: there is no folder no_images"),
+        ({"data": "folder:no_images"}, "folder: there is no folder no_images (looked for /"),
         ({"data": "folder:empty"}, "no images in class folders; expected files such as empty/CLASS/name.png"),
         ({"data": "folder:mixed"}, "images differ in size (6x6 and 9x9)"),
         ({"data": "folder:damaged"}, "damaged/b/2.png: no image that can be read"),
