@@ -61,7 +61,7 @@ PASS, CHUNK = 8, 11
 """Tensors as large as what is counted that are live at once: of intervals, lower and upper bounds and the op's own
 temporaries; of a chunk of rows, its positive and negative parts, the products, and the branch beside a residual one."""
 
-KEPT = 11
+KEPT = 12
 """Tensors that alpha-CROWN keeps for each slope of each row: the slope, its gradient, Adam's two moments, and what the
 gradient needs of the backward pass."""
 
