@@ -295,8 +295,8 @@ def _check_range(pixel_range: tuple[float, float] | None) -> None:
 def _check_radius(eps: float | Tensor) -> None:
     if isinstance(eps, Tensor) and eps.dim() > 1:
         raise ValueError(f"eps must be one number or one per example [B], got shape {tuple(eps.shape)}")
-    values = eps.detach() if isinstance(eps, Tensor) else torch.tensor(float(eps), dtype=torch.float64)
-    if not bool(((values >= 0) & (values < math.inf)).all()):
+    valid = bool(((eps >= 0) & (eps < math.inf)).all()) if isinstance(eps, Tensor) else 0 <= eps < math.inf
+    if not valid:
         raise ValueError(f"eps must be finite and not negative, got {eps}")
 
 

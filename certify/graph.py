@@ -8,8 +8,10 @@ to the parameters.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -113,7 +115,7 @@ class Graph:
         """Shape of one example."""
         return self.steps[0].shape
 
-    @property
+    @cached_property
     def has_batch_norm(self) -> bool:
         """Whether any step is a BatchNorm layer."""
         return bool(self.batch_norm_layers())
@@ -130,7 +132,7 @@ class Graph:
             statistics: batch statistics by step, as `forward_train` returns them; running statistics where None.
         """
         ops = {place: step.build() for place, step in enumerate(self.steps) if place}
-        readers = [sum(place in step.inputs for step in self.steps) for place in range(len(self.steps))]
+        readers = Counter(place for step in self.steps for place in set(step.inputs))
         nodes: list[Node] = []
         where: dict[int, int] = {}
         for place, step in enumerate(self.steps):

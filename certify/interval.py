@@ -56,3 +56,32 @@ class Interval:
     @property
     def ub(self) -> Tensor:
         return self.center + self.radius
+
+
+@dataclass(frozen=True)
+class BoxesAndPoints:
+    """B boxes, and points that go through the same layers beside them.
+
+    Centres and points are one tensor, so that one call of a layer serves both.
+
+    Attributes:
+        values: the boxes' centres, then the points, `[B + P, *shape]`.
+        radius: of the boxes, `[B, *shape]`.
+    """
+
+    values: Tensor
+    radius: Tensor
+
+    @classmethod
+    def of(cls, boxes: Interval, points: Tensor) -> BoxesAndPoints:
+        """Boxes (without a `ball`) and points `[P, *shape]`, put together."""
+        assert boxes.ball is None
+        return cls(torch.cat([boxes.center, points]), boxes.radius)
+
+    @property
+    def boxes(self) -> Interval:
+        return Interval(self.values[: len(self.radius)], self.radius)
+
+    @property
+    def points(self) -> Tensor:
+        return self.values[len(self.radius) :]

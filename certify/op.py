@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from certify.interval import Interval
+from certify.interval import BoxesAndPoints, Interval
 
 
 class Box(NamedTuple):
@@ -57,6 +57,13 @@ class Op:
     def interval(self, *inputs: Interval) -> Interval:
         """Box that contains the op's value for every point of the input boxes."""
         raise NotImplementedError
+
+    def interval_and_points(self, *inputs: BoxesAndPoints) -> BoxesAndPoints:
+        """`interval` of the boxes and `forward` of the points."""
+        if self.is_linear:  # the radius has no part in the centre, nor the centre in the radius
+            out = self.interval(*(Interval(i.values, i.radius) for i in inputs))
+            return BoxesAndPoints(out.center, out.radius)
+        return BoxesAndPoints.of(self.interval(*(i.boxes for i in inputs)), self.forward(*(i.points for i in inputs)))
 
     def backward(
         self, A: Tensor, boxes: Sequence[AnyBox | None], alpha: Tensor | None = None

@@ -23,9 +23,9 @@ from torch import Tensor
 from attacks.threat import Ball
 from certify.all_reduce import summed
 from certify.bounds.crown import Boxes
-from certify.bounds.interval import interval_walk, margins
+from certify.bounds.interval import interval_walk, interval_walk_with_points, margins, margins_and_logits
 from certify.graph import Graph, Snapshot
-from certify.interval import Interval
+from certify.interval import BoxesAndPoints, Interval
 from certify.ops.affine import Linear
 from certify.ops.batch_norm import Statistics
 from robust.batch_norm import statistics_kept
@@ -283,6 +283,19 @@ class Views:
         front, last = split_last(snapshot or self.snapshot)
         return margins(last, self.walk(front, box)[0], self.y)
 
+    def margins_beside_clean(self) -> Tensor:
+        """`margins(self.box)` for objectives that use `clean` too: without BatchNorm one pass gives both."""
+        if self.graph.has_batch_norm or "_clean_pass" in vars(self):
+            return self.margins(self.box)
+        front, last = split_last(self.snapshot)
+        start = BoxesAndPoints.of(self.box, self.x)
+        hidden, boxes = interval_walk_with_points(front, start, self.note_boxes)
+        if self.note_boxes:
+            self.bounded.append(Bounded(front, self.box, boxes))
+        low, logits = margins_and_logits(last, hidden, self.y)
+        self._clean_pass = logits, {}
+        return low
+
     def walk(self, snapshot: Snapshot, box: Interval, keep_boxes: bool = False) -> tuple[Interval, Boxes]:
         """Interval propagation; the boxes it passes are noted in `bounded` where a regulariser asks for them."""
         out, boxes = interval_walk(snapshot, box, keep_boxes or self.note_boxes)
@@ -329,7 +342,7 @@ def box_around(x: Tensor, eps: Tensor, pixel_range: tuple[float, float] | None) 
     if pixel_range is not None:
         least, greatest = pixel_range
         down, up = torch.minimum(down, x - least), torch.minimum(up, greatest - x)
-    return Interval(x + (up - down) / 2, (up + down) / 2)
+    return Interval(torch.add(x, up - down, alpha=0.5), torch.lerp(down, up, 0.5))
 
 
 def split_last(snapshot: Snapshot) -> tuple[Snapshot, Linear]:

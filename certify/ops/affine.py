@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attacks.image_convolution import ImageConvolution, wants_image_gradient_alone
+from certify.conv_gradients import conv_gradients
 from certify.interval import BallImage, Interval
 from certify.op import RULES, AffineOp, Call, NonNegativeOp, Op, Traced
 
@@ -103,7 +104,11 @@ class Conv2d(AffineOp):
 
     def interval(self, *inputs: Interval) -> Interval:
         (box,) = inputs
-        out = Interval(self.forward(box.center), self.absolute(box.radius))
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            form = (self.stride, self.padding, self.dilation, self.groups)
+            out = Interval(*_ConvInterval.apply(box.center, box.radius, self.weight, self.bias, *form))
+        else:
+            out = Interval(self.forward(box.center), self.absolute(box.radius))
         if box.ball is None:
             return out
         squared = replace(self, weight=self.weight.square(), bias=None).forward(_filled(box.ball).square())
@@ -174,7 +179,7 @@ class _LinearInterval(torch.autograd.Function):
     def forward(ctx: Any, center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(center, radius, weight)
         ctx.has_bias = bias is not None
-        return F.linear(center, weight, bias), F.linear(radius, weight.abs())
+        return _dense(center, weight, bias), _dense(radius, weight.abs(), None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -187,6 +192,44 @@ class _LinearInterval(torch.autograd.Function):
             d_weight = grad_radius.T @ radius
             d_weight.mul_(weight.sign()).addmm_(grad_center.T, center)
         return d_center, d_radius, d_weight, grad_center.sum(0) if ctx.has_bias else None
+
+
+LEAST_ROWS = 32
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`; from some rows on by the transposed product, which is up to a tenth faster with narrow layers."""
+    if len(x) < LEAST_ROWS or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    out = weight @ x.T
+    return out.T if bias is None else out.add_(bias.unsqueeze(1)).T
+
+
+class _ConvInterval(torch.autograd.Function):
+    """Centre and radius through one convolution; see `_LinearInterval`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, *form: Any
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(center, radius, weight)
+        ctx.form = form
+        return F.conv2d(center, weight, bias, *form), F.conv2d(radius, weight.abs(), None, *form)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        center, radius, weight = ctx.saved_tensors
+        for_center, for_radius, for_weight, for_bias, *_ = ctx.needs_input_grad
+        d_center, d_weight, d_bias = conv_gradients(
+            grads[0], center, weight, ctx.form, (for_center, for_weight, for_bias)
+        )
+        d_radius, d_magnitude, _ = conv_gradients(
+            grads[1], radius, weight.abs(), ctx.form, (for_radius, for_weight, False)
+        )
+        if for_weight:
+            assert d_weight is not None and d_magnitude is not None
+            d_weight = torch.addcmul(d_weight, d_magnitude, weight.sign())
+        return d_center, d_radius, d_weight, d_bias, None, None, None, None
 
 
 def _filled(ball: BallImage) -> Tensor:

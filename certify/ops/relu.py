@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certify.blocks import blocks
-from certify.interval import Interval
+from certify.interval import BoxesAndPoints, Interval
 from certify.op import RULES, Activation, AnyBox, Call, Lines, Op
 from certify.ops.gate import Gate
 
@@ -34,6 +34,11 @@ class ReLU(Activation):
         if self.negative_slope == 0.0:
             return Interval(*_ReLUInterval.apply(box.center, box.radius))
         return super().interval(box)
+
+    def interval_and_points(self, *inputs: BoxesAndPoints) -> BoxesAndPoints:
+        if self.negative_slope == 0.0:
+            return BoxesAndPoints(*_ReLUInterval.apply(inputs[0].values, inputs[0].radius))
+        return super().interval_and_points(*inputs)
 
     def loose(self, box: AnyBox) -> Tensor:
         return (box.lb < 0) & (box.ub > 0)
@@ -89,7 +94,10 @@ class ReLU(Activation):
 
 
 class _ReLUInterval(torch.autograd.Function):
-    """ReLU of a box given by centre and radius.
+    """ReLU of boxes given by centre c and radius r, and of points: rows of `center` beyond those of `radius`.
+
+    The box [max(c - r, 0), max(c + r, 0)] has radius min(max((c + r) / 2, 0), r) and centre max(c, that radius): one
+    pass less than through its ends, and exact where the ReLU is stable.
 
     The backward pass reads the signs of both ends from the outputs, which the next layer keeps anyway: the box before
     the ReLU need not be stored. lb > 0 before exactly where lb > 0 after, likewise ub.
@@ -97,24 +105,30 @@ class _ReLUInterval(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-        out_center, out_radius = torch.empty_like(center), torch.empty_like(center)
-        for b in blocks(center):
-            ub = torch.add(center[b], radius[b]).relu_()
-            lb = torch.sub(center[b], radius[b]).relu_()
-            middle = torch.lerp(lb, ub, 0.5, out=out_center[b])
-            torch.sub(middle, lb, out=out_radius[b])
+        out_center, out_radius = torch.empty_like(center), torch.empty_like(radius)
+        points = slice(len(radius), None)
+        torch.clamp(center[points], min=0, out=out_center[points])
+        for b in blocks(radius):
+            middle, half, out = center[b], radius[b], out_radius[b]
+            torch.add(middle, half, out=out).mul_(0.5).relu_()
+            torch.minimum(out, half, out=out)
+            torch.maximum(middle, out, out=out_center[b])
         ctx.save_for_backward(out_center, out_radius)
         return out_center, out_radius
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         center, radius = ctx.saved_tensors
-        d_center, d_radius = torch.empty_like(center), torch.empty_like(center)
-        for b in blocks(center):
-            upper = _where_positive(grads[0][b] + grads[1][b], center[b])  # center > 0 exactly where ub > 0
-            lower = _where_positive(grads[0][b] - grads[1][b], center[b] - radius[b])
-            middle = torch.lerp(lower, upper, 0.5, out=d_center[b])
-            torch.sub(middle, lower, out=d_radius[b])
+        d_center, d_radius = torch.empty_like(center), torch.empty_like(radius)
+        points = slice(len(radius), None)
+        _where_positive(grads[0][points], center[points], d_center[points])
+        for b in blocks(radius):
+            shared = torch.lerp(grads[0][b], grads[1][b], 0.5, out=d_radius[b])
+            _where_positive(shared, center[b], shared)  # center > 0 exactly where ub > 0
+            active = torch.gt(center[b], radius[b], out=torch.empty_like(shared))  # lb > 0
+            # Active neurons pass both gradients on, unstable ones half of their sum to either, the others none.
+            torch.lerp(shared, grads[0][b], active, out=d_center[b])
+            torch.lerp(shared, grads[1][b], active, out=shared)
         return d_center, d_radius
 
 
@@ -172,9 +186,11 @@ def _chord(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
     return slope, torch.sub(radius, center).relu_()
 
 
-def _where_positive(values: Tensor, sign: Tensor) -> Tensor:
-    """`values` where `sign` is positive, else 0: one pass, unlike a product with a mask."""
-    return torch.ops.aten.threshold_backward(values, sign, 0)
+def _where_positive(values: Tensor, sign: Tensor, out: Tensor | None = None) -> Tensor:
+    """`values` where `sign` is positive, else 0, in `out`: one pass, unlike a product with a mask."""
+    if out is None:
+        return torch.ops.aten.threshold_backward(values, sign, 0)
+    return torch.ops.aten.threshold_backward.grad_input(values, sign, 0, grad_input=out)
 
 
 @RULES.module(nn.ReLU)

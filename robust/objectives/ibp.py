@@ -28,5 +28,6 @@ class IBP:
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
         kappa = 1 - (1 - self.clean_weight) * views.ramp
-        bounds = certified_cross_entropy(views.margins(views.box), views.y)
+        margins = views.margins_beside_clean() if kappa > 0 else views.margins(views.box)
+        bounds = certified_cross_entropy(margins, views.y)
         return mixed(views, 1 - kappa, {"ibp": bounds})

@@ -27,5 +27,6 @@ class ShiIBP:
     defaults: ClassVar[RunDefaults] = CERTIFIED
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
-        bounds = certified_cross_entropy(views.margins(views.box), views.y)
+        margins = views.margins_beside_clean() if self.robust_weight < 1 else views.margins(views.box)
+        bounds = certified_cross_entropy(margins, views.y)
         return mixed(views, self.robust_weight, {"ibp": bounds})

@@ -83,6 +83,30 @@ def test_clean_and_bound_losses_share_one_backward_pass(model):
     oracle.assert_same_gradients(oracle.gradients(found, model), oracle.gradients(expected, model))
 
 
+def test_margins_beside_clean_are_the_margins_and_the_clean_logits_with_the_same_gradients(model):
+    x, y = oracle.images()
+    apart, beside = oracle.views_of(model, x, y, EPS), oracle.views_of(model, x, y, EPS)
+    apart.note_boxes = beside.note_boxes = True
+    pairs = [(v.margins_beside_clean() if v is beside else v.margins(v.box), v.clean) for v in (beside, apart)]
+    torch.testing.assert_close(*pairs)
+    found, expected = (oracle.gradients(low.sin().sum() + z.cos().sum(), model) for low, z in pairs)
+    oracle.assert_same_gradients(found, expected)
+    (noted,), (wanted,) = beside.bounded, apart.bounded
+    assert noted.start is beside.box and noted.boxes.keys() == wanted.boxes.keys()
+    for place, box in wanted.boxes.items():
+        torch.testing.assert_close(noted.boxes[place].lb, box.lb)
+        torch.testing.assert_close(noted.boxes[place].ub, box.ub)
+
+
+def test_the_clean_pass_that_goes_beside_the_margins_is_made_once():
+    x, y = oracle.images()
+    views = oracle.views_of(oracle.small_net(), x, y, EPS)
+    views.margins_beside_clean()
+    clean = views.clean
+    views.margins_beside_clean()
+    assert views.clean is clean
+
+
 def test_the_box_is_cut_by_the_pixel_range_and_collapses_at_radius_zero():
     x, y = oracle.images()
     model = oracle.small_net()
