@@ -89,11 +89,11 @@ def begun(method: Any, model: nn.Module, epochs: int = 300) -> Any:
     def another(text: Any) -> nn.Module:
         return small_net(batch_norm=True, seed=len(str(text))).to(dtype)
 
-    def load(path: Any) -> SimpleNamespace:
+    def load(path: Any, network: None) -> SimpleNamespace:
         return SimpleNamespace(model=another(path).eval(), settings={"input_shape": SHAPE, "classes": CLASSES})
 
     run = RunFacts(model, SHAPE, CLASSES, 6, epochs, 1, another, LinfBall(0.05))
-    with mock.patch("robust.auxiliary.load", load):
+    with mock.patch.multiple("robust.auxiliary", load=load, named_network=lambda path: "cnn3"):
         return begin(method, run)
 
 
