@@ -308,9 +308,11 @@ class Search:
         return None if self.done(tighter) else Node(tighter, found.memory, gain)
 
     def leaf(self, node: Domains) -> None:
-        """Decide a domain without unstable neurons."""
+        """Decide a domain that has nothing to split."""
         if self.is_linear:
-            self.program([], float(node.low), 1.0, *_ends(node))
+            left: list[Linear] = []
+            self.program(left, float(node.low), 1.0, *_ends(node))
+            self.stuck |= bool(left)
             return
         # No linear program is exact in a ball or with smooth activations.
         deep = self.bound(node, LEAF_ITERATIONS)

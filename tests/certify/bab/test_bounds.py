@@ -275,6 +275,20 @@ def test_a_leaf_without_points_has_an_infinite_minimum() -> None:
     assert empty > 0
 
 
+@pytest.mark.parametrize("seed", FULL)
+def test_a_leaf_that_could_still_be_split_is_not_lost(seed: int) -> None:
+    core, _ = random_core(seed)
+    output = core.outputs[0]
+    u = units(core, 3000, torch.Generator().manual_seed(seed))
+    least = float(output(u, core.evaluate(u)).min())
+    relaxed = Triangle(core, output).minimum(core.lb[:, 0].numpy(), core.ub[:, 0].numpy()).low
+    assert relaxed < least - 1e-3
+    moved = replace(output, constant=output.constant - (least + relaxed) / 2)
+    search = Search(core, moved, 1e-6, Plan(KFSB(), BaBSR()), time.perf_counter() + 20)
+    search.leaf(search.root())
+    assert search.stuck
+
+
 @pytest.mark.parametrize("tighten_iterations", [0, 5])
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_search_says_holds_at_every_point(name: str, tighten_iterations: int) -> None:
