@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from attacks.image_convolution import faster_image_gradients
+from attacks.constant_convolution import faster_input_gradients
 
 Model = Callable[[Tensor], Tensor]
 """Anything that maps inputs [B, ...] to logits [B, K]; often an nn.Module."""
@@ -39,7 +39,7 @@ def attack_mode(model: Model, mode: Mode = "eval") -> Iterator[None]:
         _set_mode(model, mode)
         for parameter in trainable:
             parameter.requires_grad_(False)
-        with faster_image_gradients(model):
+        with faster_input_gradients(model):
             yield
     finally:
         # Attributes are set directly: `module.train(flag)` would overwrite the flags of its children.

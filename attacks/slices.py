@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attacks.image_convolution import MOST_IMAGE_CHANNELS
+from attacks.input_gradient import MOST_IMAGE_CHANNELS
 from attacks.mode import Model
 
 SLICE = 64

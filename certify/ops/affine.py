@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.image_convolution import ImageConvolution, wants_image_gradient_alone
-from certify.conv_gradients import conv_gradients
+from attacks.constant_convolution import ConstantConvolution, wants_input_gradient_alone
+from attacks.input_gradient import Form, input_gradient, way
 from certify.interval import BallImage, Interval
 from certify.op import RULES, AffineOp, Call, NonNegativeOp, Op, Traced
 
@@ -90,11 +90,16 @@ class Conv2d(AffineOp):
     groups: int
     in_shape: tuple[int, ...]
 
+    @property
+    def form(self) -> Form:
+        """What `F.conv2d` takes behind weight and bias."""
+        return self.stride, self.padding, self.dilation, self.groups
+
     def forward(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
-        if self.groups == 1 and wants_image_gradient_alone(x, self.weight, self.bias):
-            return ImageConvolution.apply(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if wants_input_gradient_alone(x, self.weight, self.bias) and way(self.weight, self.form) is not None:
+            return ConstantConvolution.apply(x, self.weight, self.bias, *self.form)
+        return F.conv2d(x, self.weight, self.bias, *self.form)
 
     def linear_part(self) -> AffineOp:
         return replace(self, bias=None)
@@ -105,8 +110,7 @@ class Conv2d(AffineOp):
     def interval(self, *inputs: Interval) -> Interval:
         (box,) = inputs
         if torch.is_grad_enabled() and self.weight.requires_grad:
-            form = (self.stride, self.padding, self.dilation, self.groups)
-            out = Interval(*_ConvInterval.apply(box.center, box.radius, self.weight, self.bias, *form))
+            out = Interval(*_ConvInterval.apply(box.center, box.radius, self.weight, self.bias, *self.form))
         else:
             out = Interval(self.forward(box.center), self.absolute(box.radius))
         if box.ball is None:
@@ -116,6 +120,12 @@ class Conv2d(AffineOp):
 
     def transpose(self, A: Tensor) -> Tensor:
         rows, batch, _, *out_size = A.shape
+        flat = A.reshape(rows * batch, *A.shape[2:])
+        differentiated = torch.is_grad_enabled() and (A.requires_grad or self.weight.requires_grad)
+        how = None if differentiated or A.device.type != "cpu" else way(self.weight, self.form)
+        if how is not None:
+            size = self.in_shape[1], self.in_shape[2]
+            return input_gradient(flat, self.weight, size, self.form, how).reshape(rows, batch, *self.in_shape)
         kernel = self.weight.shape[2:]
         missing = [
             size - ((out - 1) * stride - 2 * pad + dilation * (k - 1) + 1)
@@ -123,7 +133,6 @@ class Conv2d(AffineOp):
                 self.in_shape[1:], out_size, self.stride, self.padding, self.dilation, kernel, strict=True
             )
         ]
-        flat = A.reshape(rows * batch, *A.shape[2:])
         flat = F.conv_transpose2d(
             flat, self.weight, None, self.stride, self.padding, tuple(missing), self.groups, self.dilation
         )
@@ -220,16 +229,33 @@ class _ConvInterval(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         center, radius, weight = ctx.saved_tensors
         for_center, for_radius, for_weight, for_bias, *_ = ctx.needs_input_grad
-        d_center, d_weight, d_bias = conv_gradients(
+        d_center, d_weight, d_bias = _conv_gradients(
             grads[0], center, weight, ctx.form, (for_center, for_weight, for_bias)
         )
-        d_radius, d_magnitude, _ = conv_gradients(
+        d_radius, d_magnitude, _ = _conv_gradients(
             grads[1], radius, weight.abs(), ctx.form, (for_radius, for_weight, False)
         )
         if for_weight:
             assert d_weight is not None and d_magnitude is not None
             d_weight = torch.addcmul(d_weight, d_magnitude, weight.sign())
         return d_center, d_radius, d_weight, d_bias, None, None, None, None
+
+
+def _conv_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, form: Form, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of a convolution in its input, weight and bias, None where not `wanted`."""
+    for_x, *others = wanted
+    how = way(weight, form) if for_x and weight.device.type == "cpu" else None
+    d_x = None if how is None else input_gradient(grad, weight, x.shape[2:], form, how)  # type: ignore[arg-type]
+    rest = (for_x and how is None, *others)
+    if not any(rest):
+        return d_x, None, None
+    stride, padding, dilation, groups = form
+    by_library, d_weight, d_bias = torch.ops.aten.convolution_backward(
+        grad, x, weight, [len(weight)], stride, padding, dilation, False, (0, 0), groups, rest
+    )
+    return by_library if how is None else d_x, d_weight, d_bias
 
 
 def _filled(ball: BallImage) -> Tensor:

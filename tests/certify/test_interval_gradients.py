@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attacks.input_gradient import way
 from certify.bounds.interval import interval_walk, interval_walk_with_points
-from certify.conv_gradients import gains_from_turning
-from certify.graph import capture
 from certify.interval import BoxesAndPoints, Interval
 from certify.ops.affine import Conv2d, Linear, conv2d
 from certify.ops.relu import ReLU
+from certify.tracing import capture
 from tests.certify.networks import INPUT, KINDS, VARIANTS, network
 
 BOXES, POINTS = 3, 2
@@ -29,10 +29,15 @@ FORMS = {
     "other kernel": (3, 5, 3, 1, 1, 1, 1),
     "uneven kernel": (3, 5, (4, 3), 1, 1, 1, 1),
     "strided": (3, 5, 4, 2, 1, 1, 1),
+    "point": (20, 7, 1, 2, 0, 1, 1),
+    "image": (1, 6, 3, 1, 1, 1, 1),
     "strided along the height": (3, 5, 4, (2, 1), 1, 1, 1),
     "grouped": (4, 6, 4, 1, 1, 1, 2),
     "everything": (4, 6, (3, 2), (2, 1), (1, 0), (1, 2), 2),
 }
+
+
+WAYS = {"turned": "turn", "strided": "interleave", "point": "interleave", "image": "fold"}
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -69,7 +74,7 @@ def check(op: Conv2d | Linear, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_a_convolution_are_those_of_its_centre_and_its_radius(form: str, bias: bool):
     op = conv(form, bias)
-    assert gains_from_turning(op.weight, (op.stride, op.padding, op.dilation, op.groups)) == form.startswith("turned")
+    assert way(op.weight, op.form) == WAYS.get(form.partition(",")[0])
     check(op, op.in_shape)
 
 

@@ -1,4 +1,4 @@
-"""Gradients by product and fold and by interleaving are the library's, and the model is itself again afterwards."""
+"""Gradients that go a way of their own are the library's, and the model is itself again afterwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.image_convolution import ImageConvolution, faster_image_gradients
+from attacks.constant_convolution import ConstantConvolution, faster_input_gradients
 from attacks.mode import attack_mode
 
 CONVS = {
@@ -22,6 +22,11 @@ CONVS = {
     "unreached": nn.Conv2d(6, 5, (2, 3), stride=(2, 3)),
     "filled": nn.Conv2d(3, 16, 5, stride=2, padding=2),
     "one output": nn.Conv2d(5, 1, (4, 6), stride=(4, 2), padding=(2, 3), bias=False),
+    # Pixels between two kernels are in no window.
+    "point": nn.Conv2d(40, 30, 1, stride=2),
+    "gaps": nn.Conv2d(5, 6, (2, 4), stride=(3, 2), padding=(1, 2)),
+    "turned": nn.Conv2d(12, 6, 4, padding=(1, 3)),
+    "turned and dilated": nn.Conv2d(16, 3, 4, padding=2, dilation=(2, 1)),
 }
 
 
@@ -42,27 +47,28 @@ def test_the_gradient_is_the_librarys(name, layout):
     x = torch.rand(5, conv.in_channels, 9, 11, dtype=torch.float64).contiguous(memory_format=layout)
     expected, outputs = gradient(conv, x), conv(x)
     with attack_mode(conv):
-        assert "ImageConvolution" in node(conv, x)
+        assert "ConstantConvolution" in node(conv, x)
         assert torch.equal(conv(x), outputs)
         torch.testing.assert_close(gradient(conv, x), expected)
-    assert "forward" not in vars(conv) and "ImageConvolution" not in node(conv, x)
+    assert "forward" not in vars(conv) and "ConstantConvolution" not in node(conv, x)
     with pytest.raises(ZeroDivisionError), attack_mode(conv):
         _ = 1 / 0
     assert "forward" not in vars(conv)
 
 
-def test_it_is_used_for_images_and_constant_weights_only():
+def test_it_is_used_where_it_gains_and_weights_are_constant_only():
     x = torch.rand(2, 4, 6, 6)
     wide, grouped = nn.Conv2d(8, 64, 3), nn.Conv2d(4, 16, 3, groups=2)
     others = [nn.Conv2d(8, 8, 3, stride=2), nn.Conv2d(17, 8, 4, stride=2), nn.Conv2d(8, 8, 4, stride=2, dilation=2)]
+    others += [nn.Conv2d(17, 4, 4), nn.Conv2d(8, 8, 4, padding=4), nn.Conv2d(17, 8, 2, stride=3)]
     others += [wide, grouped, nn.Conv2d(4, 16, 3, padding_mode="circular", padding=1), nn.Conv2d(4, 15, 3)]
     others.append(nn.Conv2d(4, 16, 3, padding="same"))
     for conv in others:
-        with faster_image_gradients(conv):
+        with faster_input_gradients(conv):
             assert "forward" not in vars(conv)
     conv = nn.Conv2d(4, 16, 3)
-    with faster_image_gradients(conv):
-        assert "ImageConvolution" not in node(conv, x)
+    with faster_input_gradients(conv):
+        assert "ConstantConvolution" not in node(conv, x)
         conv(x).sum().backward()
     assert conv.weight.grad is not None and conv.weight.grad.any()
 
@@ -70,10 +76,10 @@ def test_it_is_used_for_images_and_constant_weights_only():
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (4, 2)])
 def test_gradients_of_gradients_and_of_maps_over_images_exist(size, stride):
     weight, x = torch.rand(8, 2, size, size, dtype=torch.float64), torch.rand(3, 2, 5, 5, dtype=torch.float64)
-    settings = (None, (stride, stride), (1, 1), (1, 1))
+    settings = (None, (stride, stride), (1, 1), (1, 1), 1)
 
     def own(x: Tensor) -> Tensor:
-        return ImageConvolution.apply(x, weight, *settings).pow(3).sum()
+        return ConstantConvolution.apply(x, weight, *settings).pow(3).sum()
 
     assert torch.autograd.gradgradcheck(own, x.requires_grad_())
     found = torch.func.vmap(torch.func.grad(lambda one: own(one[None])))(x)
