@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from attacks.attack import ATTACKS, Attack
+from attacks.auto_pgd import start_on_border
 from attacks.gradient import differentiate
 from attacks.losses import LOSSES
-from attacks.methods.apgd import start_on_border
 from attacks.mode import attack_mode
 from attacks.noise import normal, streams
 from attacks.threat import Ball, make_ball

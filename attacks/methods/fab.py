@@ -11,10 +11,10 @@ from torch import Tensor
 
 from attacks.ascent import WORTH_DROPPING, Survivors, Task
 from attacks.attack import ATTACKS, Noise, noise_of
+from attacks.auto_pgd import start_on_border
 from attacks.gradient import Precision, forward, prepared
 from attacks.hyperplane import onto_hyperplane
 from attacks.losses import misclassified, strongest_targets
-from attacks.methods.apgd import start_on_border
 from attacks.mode import Mode, Model, attack_mode
 from attacks.nearest import Boundary, Nearest, nearest_boundary, target_boundary
 from attacks.noise import Generators

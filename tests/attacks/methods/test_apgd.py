@@ -7,8 +7,9 @@ import torch
 
 from attacks.ascent import Task
 from attacks.attack import ATTACKS
+from attacks.auto_pgd import _Climber, _SparseClimber, checkpoints, climb, start_on_border
 from attacks.losses import LOSSES, cross_entropy, dlr
-from attacks.methods.apgd import APGD, APGDT, _Climber, _SparseClimber, checkpoints, climb, start_on_border
+from attacks.methods.apgd import APGD, APGDT
 from attacks.noise import streams
 from attacks.threat import L1Ball, L2Ball, LinfBall
 
