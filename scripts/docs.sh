@@ -4,5 +4,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-"$python" -c 'import pdoc' 2>/dev/null || "$python" -m pip install --quiet --disable-pip-version-check 'pdoc>=15'
+"$python" -c 'import pdoc' 2>/dev/null || "$python" -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 exec "$python" scripts/site/build.py "$@"
