@@ -73,6 +73,17 @@ def test_a_bound_is_the_value_along_the_lines_it_chose(name: str) -> None:
         torch.testing.assert_close(output(u, a), dual.low, rtol=1e-7, atol=1e-7)  # less its allowance
 
 
+@pytest.mark.parametrize("enough", [0.0, math.inf])
+@pytest.mark.parametrize("name", NAMES)
+def test_minimisers_come_with_what_the_input_adds_there(name: str, enough: float) -> None:
+    core = some_core(name)
+    output = replace(core.outputs[0], constant=core.outputs[0].constant - 100)  # no domain is finished
+    domains = random_domains(core, 20, torch.Generator().manual_seed(0), share=0.1)
+    _, found = bounded(core, domains, output, 3, enough)
+    assert found.u is not None and found.fed is not None
+    torch.testing.assert_close(found.fed, core.input_weight.times(found.u))
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_gradient_of_a_bound_is_its_difference_quotient(seed: int) -> None:
     core, _ = random_core(seed)
