@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from certify.graph import Graph, capture
+from certify.graph import Graph
+from certify.tracing import capture
 from robust.allocator import keep_freed_memory
 from robust.model import MODELS
 from robust.objective import OBJECTIVES
@@ -121,6 +122,17 @@ class Case:
         nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
         self.optimizer.step()
 
+    def textbook_pgd(self) -> None:
+        """The step of "pgd, 10 steps" as a user would write it down, without the suite."""
+        self.optimizer.zero_grad()
+        x, eps = self.x, self.settings.eps
+        point = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
+        for _ in range(10):
+            point.requires_grad_()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(self.model(point), self.y), point)
+            point = torch.clamp(point.detach() + eps / 4 * gradient.sign(), x - eps, x + eps).clamp(0, 1)
+        F.cross_entropy(self.model(point), self.y).backward()
+
     def step(self, text: str) -> Callable[[], None]:
         text, _, perturbation_text = text.partition(" + ")
         objective = OBJECTIVES.parse(text)
@@ -153,6 +165,8 @@ def measure(name: str, rounds: int, device: str) -> list[dict[str, object]]:
     """One record per objective."""
     case = Case(NETS[name], device)
     runs = {title: case.step(text) for title, text in NETS[name].steps.items()}
+    if "pgd, 10 steps" in runs:
+        runs["pgd, 10 steps, textbook"] = case.textbook_pgd
     case.plain()
     runs["update"] = case.update
     for run in runs.values():
