@@ -2,7 +2,7 @@
 
 from certify.bounds.bound import BOUNDS, Bounds, bound
 from certify.bounds.global_l2 import global_l2_radius
-from certify.graph import CaptureError, Graph, Snapshot, capture
+from certify.graph import Graph, Snapshot
 from certify.leaf import leaf_lp
 from certify.lipschitz.global_constant import global_lipschitz
 from certify.lipschitz.local import LipschitzBound, jacobian_bounds, local_lipschitz, monotone_features
@@ -10,6 +10,7 @@ from certify.lipschitz.operator_norm import operator_norm_bound
 from certify.lipschitz.radius import certified_radius
 from certify.op import UnsupportedOp
 from certify.spec import margin_spec
+from certify.tracing import CaptureError, capture
 from certify.verdict import SoundnessError, Verdict, check_witness, falsified
 from certify.verifier import VERIFIERS, Verifier
 from certify.verifiers.alpha_crown import AlphaCROWN

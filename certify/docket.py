@@ -17,11 +17,12 @@ from attacks.attack import Attack
 from attacks.threat import Ball
 from certify.bab.max_pool import splits
 from certify.bounds.crown import Boxes
-from certify.graph import CaptureError, Snapshot, capture
+from certify.graph import Snapshot
 from certify.op import Box
 from certify.precision import ALLOWANCES, Precision, exact_arithmetic, proves, rounding_size
 from certify.region import Region
 from certify.spec import margin_spec
+from certify.tracing import CaptureError, capture
 from certify.verdict import Verdict, falsified, logits_of, refutes
 
 NORMS = ("linf", "l2", "l1")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from certify.graph import capture
+from certify.tracing import capture
 from robust.active import Active, Moment, RunFacts
 from robust.checkpoint import CheckpointError, load, named_network
 from robust.model import names_file

@@ -14,8 +14,8 @@ from torch import nn
 
 from attacks.attack import ATTACKS
 from attacks.threat import Ball
-from certify.graph import CaptureError
 from certify.op import UnsupportedOp
+from certify.tracing import CaptureError
 from certify.verifier import VERIFIERS
 from robust import memory
 from robust.checkpoint import Checkpoint

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from attacks.methods.margin_pgd import MarginPGD
 from attacks.threat import Ball
 from certify.bounds.crown import ROW_BUDGET, Boxes, Rows, bound_rows, intermediate_boxes, loose_mask
-from certify.graph import Snapshot, capture
+from certify.graph import Snapshot
 from certify.op import Activation
 from certify.region import Region
+from certify.tracing import capture
 from certify.verifier import VERIFIERS
 from certify.verifiers.alpha_crown import AlphaCROWN
 from certify.verifiers.bab import BranchAndBound

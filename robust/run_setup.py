@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from certify.graph import capture
+from certify.tracing import capture
 from robust.dataset import DataSet, parse_dataset
 from robust.hook import HOOKS
 from robust.initialization import initialize_

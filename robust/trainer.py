@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from attacks.noise import Share
-from certify.graph import capture
+from certify.tracing import capture
 from robust.active import Active, Moment, RunFacts, active_among, begin
 from robust.batch_norm import has_batch_norm, reestimate_statistics
 from robust.checkpoint import Checkpoint, load

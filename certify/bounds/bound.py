@@ -14,8 +14,9 @@ from certify.bounds.crown import crown
 from certify.bounds.crown_ibp import crown_ibp
 from certify.bounds.global_l2 import global_l2
 from certify.bounds.interval import ibp
-from certify.graph import Graph, Snapshot, capture
+from certify.graph import Graph, Snapshot
 from certify.region import Region
+from certify.tracing import capture
 
 
 class Bounds(NamedTuple):

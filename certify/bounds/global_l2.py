@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from certify.graph import Node, Snapshot, capture
+from certify.graph import Node, Snapshot
 from certify.lipschitz.operator_norm import operator_norm_bound
 from certify.op import AffineOp, Op, UnsupportedOp
 from certify.ops.affine import Conv2d, Linear
@@ -27,6 +27,7 @@ from certify.ops.relu import ReLU
 from certify.precision import ALLOWANCES, exact_arithmetic, rounding_at_points
 from certify.region import Region
 from certify.spec import margin_spec
+from certify.tracing import capture
 from certify.verdict import evaluation
 
 

@@ -27,10 +27,11 @@ from certify.bounds.crown import intermediate_boxes
 from certify.docket import BoundMethod, Problem, Request
 from certify.formats.onnx import FormatError, OnnxModel
 from certify.formats.vnnlib import Disjunct, Property
-from certify.graph import Node, Snapshot, capture
+from certify.graph import Node, Snapshot
 from certify.ops.affine import Linear
 from certify.precision import exact_arithmetic, proves, rounding_size
 from certify.region import Region
+from certify.tracing import capture
 from certify.verdict import SoundnessError
 from certify.verifiers import crown, ibp
 from certify.verifiers.alpha_crown import AlphaCROWN

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from attacks.threat import Ball
 from certify.bounds.jacobian import DUAL
-from certify.graph import CaptureError, Graph, Snapshot, capture
+from certify.graph import Graph, Snapshot
 from certify.lipschitz.search import Search, attained_norms
 from certify.region import Region
+from certify.tracing import CaptureError, capture
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from attacks.threat import Ball
 from certify.docket import check_problem
-from certify.graph import CaptureError, capture
 from certify.op import UnsupportedOp
 from certify.precision import exact_arithmetic, proves, rounding_size
 from certify.region import Region
 from certify.spec import margin_spec
+from certify.tracing import CaptureError, capture
 from certify.verdict import SoundnessError, Verdict, evaluation, logits_of
 from certify.verifier import VERIFIERS
 

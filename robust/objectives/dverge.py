@@ -12,8 +12,9 @@ from attacks.attack import ATTACKS, Attack
 from attacks.noise import uniform
 from attacks.registry import method_field
 from attacks.threat import LinfBall
-from certify.graph import Graph, capture
+from certify.graph import Graph
 from certify.ops.relu import ReLU
+from certify.tracing import capture
 from robust.active import Active, RunFacts
 from robust.models.ensemble import Ensemble
 from robust.objective import OBJECTIVES, cross_entropy

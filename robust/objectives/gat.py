@@ -14,7 +14,7 @@ from attacks.attack import ATTACKS, Attack
 from attacks.methods.pgd import PGD
 from attacks.noise import uniform
 from attacks.registry import method_field
-from certify.graph import capture
+from certify.tracing import capture
 from robust.active import Active, RunFacts
 from robust.objective import OBJECTIVES, cross_entropy
 from robust.training_attack import BatchNormOf, BatchNormStatistics, adversarial, logits_and_features_at

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import robust
 from attacks.attack import ATTACKS
-from certify.graph import capture
+from certify.tracing import capture
 from robust.training_attack import with_weights_in
 
 ATTACKS_COMPARED = [

@@ -12,9 +12,10 @@ from attacks.threat import Ball
 from certify.bounds.bound import bound
 from certify.bounds.crown import Boxes, intermediate_boxes
 from certify.bounds.interval import interval_walk
-from certify.graph import Snapshot, capture
+from certify.graph import Snapshot
 from certify.op import Activation, Box
 from certify.region import Region
+from certify.tracing import capture
 
 METHODS: dict[str, dict[str, Any]] = {"ibp": {}, "crown_ibp": {}, "crown": {}, "alpha_crown": {"iterations": 5}}
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify.graph import capture
 from certify.op import Adjoint, AffineOp, NonNegativeOp, UnsupportedOp
 from certify.ops.merge import Piece
 from certify.ops.reshape import Identity, Reshape
+from certify.tracing import capture
 from tests.certify.networks import INPUT, KINDS, VARIANTS, network
 
 

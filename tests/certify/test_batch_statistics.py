@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from certify.batch_statistics import batch_norm
-from certify.graph import capture
+from certify.tracing import capture
 
 
 def normalised(momentum: float | None = 0.1, affine: bool = True) -> nn.Module:

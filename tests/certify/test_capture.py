@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from certify.graph import CaptureError, capture
 from certify.op import UnsupportedOp
+from certify.tracing import CaptureError, capture
 from tests.certify.networks import INPUT, KINDS, Apply, network
 
 EXAMPLE = torch.zeros(1, *INPUT)

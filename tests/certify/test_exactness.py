@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from attacks.threat import L1Ball, L2Ball, LinfBall
 from certify.bounds.bound import bound
 from certify.bounds.crown import intermediate_boxes
-from certify.graph import capture
 from certify.region import Region
+from certify.tracing import capture
 from tests.certify.networks import INPUT, KINDS, network
 from tests.certify.soundness import METHODS
 

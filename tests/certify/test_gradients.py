@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from attacks.threat import L2Ball, LinfBall
 from certify.bounds.bound import bound
-from certify.graph import capture
 from certify.ops.affine import _LinearInterval
 from certify.ops.relu import _ReLUInterval
 from certify.spec import margin_spec
+from certify.tracing import capture
 
 
 def tiny(kind: str) -> nn.Module:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import certify.bounds.crown as crown_module
 import certify.ops.min_max as min_max_module
 from attacks.threat import Ball, L1Ball, L2Ball, LinfBall
-from certify.graph import CaptureError
 from certify.interval import BallImage, Interval
 from certify.op import Activation, AffineOp, Box, Lines
 from certify.ops.affine import Conv2d, Linear, Pad, Scale
@@ -29,6 +28,7 @@ from certify.ops.relu import ReLU
 from certify.ops.reshape import Permute, Reshape
 from certify.ops.s_shaped import SShaped
 from certify.region import Region
+from certify.tracing import CaptureError
 from tests.certify.networks import KINDS, VARIANTS, layer, network
 from tests.certify.soundness import Escape, check, check_rules
 from tests.certify.test_soundness import images

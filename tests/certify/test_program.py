@@ -15,13 +15,14 @@ from torch import Tensor, nn
 import certify.leaf as leaf_module
 from attacks.threat import L2Ball, LinfBall
 from certify.bounds.crown import Boxes, intermediate_boxes
-from certify.graph import Snapshot, capture
+from certify.graph import Snapshot
 from certify.leaf import leaf_lp
 from certify.op import UnsupportedOp
 from certify.ops.relu import ReLU
 from certify.program import Program
 from certify.region import Region
 from certify.spec import margin_spec
+from certify.tracing import capture
 from certify.verifiers.alpha_crown import AlphaCROWN
 from certify.verifiers.cascade import Cascade
 from certify.verifiers.milp import MILP

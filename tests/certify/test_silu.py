@@ -9,10 +9,10 @@ from torch import nn
 
 from attacks.threat import LinfBall
 from certify import bound
-from certify.graph import capture
 from certify.interval import Interval
 from certify.op import Box
 from certify.ops.silu import LARGEST_CURVATURE, LOWEST, LOWEST_AT, SiLU
+from certify.tracing import capture
 
 
 def boxes(dtype):

@@ -9,11 +9,11 @@ import torch
 
 from attacks.threat import Ball, L1Ball, L2Ball, LinfBall
 from certify.bounds.bound import bound
-from certify.graph import capture
 from certify.interval import Interval
 from certify.op import Activation, Box
 from certify.ops.relu import ReLU
 from certify.ops.s_shaped import SShaped
+from certify.tracing import capture
 from tests.certify.networks import INPUT, KINDS, VARIANTS, network, pair, sandwich
 from tests.certify.soundness import METHODS, check, check_rules
 

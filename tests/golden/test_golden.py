@@ -26,10 +26,11 @@ from certify.bounds.crown import (
     relaxed_inputs,
 )
 from certify.bounds.interval import interval_walk
-from certify.graph import Snapshot, capture
+from certify.graph import Snapshot
 from certify.op import Box
 from certify.region import Region
 from certify.spec import margin_spec
+from certify.tracing import capture
 from certify.verifiers.cascade import Cascade
 from tests.golden.networks import NAMES, Golden, load, reference_folder
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from certify.graph import capture
+from certify.tracing import capture
 from robust import run_setup, trainer
 from robust.dataset import DATASETS, DataSet
 from robust.files import FileInUse, JsonLines

@@ -12,7 +12,8 @@ from torch import nn
 
 from attacks.methods.friendly_pgd import FriendlyPGD
 from attacks.threat import LinfBall
-from certify.graph import Snapshot, capture
+from certify.graph import Snapshot
+from certify.tracing import capture
 from robust.objective import OBJECTIVES, certified_cross_entropy
 from robust.views import Views, split_last
 from tests.robust.objectives import oracle

@@ -13,9 +13,10 @@ from certify.bab.domains import Domains
 from certify.bab.matrix import Chained
 from certify.bab.unstable_core import Affine, Core, core_of
 from certify.bounds.crown import intermediate_boxes
-from certify.graph import Snapshot, capture
+from certify.graph import Snapshot
 from certify.region import Region
 from certify.spec import margin_spec
+from certify.tracing import capture
 from tests.certify.bab.problems import random_problem
 from tests.certify.networks import network
 

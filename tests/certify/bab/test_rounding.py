@@ -25,10 +25,10 @@ from certify.bab.unstable_core import Core, core_of
 from certify.bounds.crown import intermediate_boxes
 from certify.branching.babsr import BaBSR
 from certify.branching.kfsb import KFSB
-from certify.graph import capture
 from certify.precision import ALLOWANCES, rounding_size
 from certify.region import Region
 from certify.spec import margin_spec
+from certify.tracing import capture
 from certify.verifiers.bab import BranchAndBound
 from tests.certify.bab.cores import STEMS, before, stem_problem, units, whole
 

@@ -21,8 +21,8 @@ from attacks.threat import LinfBall
 from certify.formats.answer import Answer, Rows, answer, prove_rows
 from certify.formats.onnx import FormatError, OnnxModel, load_onnx
 from certify.formats.vnnlib import Property, counterexample_text, parse_vnnlib
-from certify.graph import capture
 from certify.region import Region
+from certify.tracing import capture
 from certify.verdict import SoundnessError
 from certify.verifiers.cascade import Cascade
 from robust.cli import main

@@ -13,7 +13,7 @@ from torch import nn
 
 from certify.formats.onnx import FormatError, load_onnx
 from certify.formats.onnx_layers import LAYERS
-from certify.graph import capture
+from certify.tracing import capture
 from tests.certify.formats.exports import export
 from tests.certify.networks import INPUT, KINDS, network
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from attacks.threat import Ball, LinfBall
-from certify.graph import Snapshot, capture
+from certify.graph import Snapshot
 from certify.ops.affine import Linear
+from certify.tracing import capture
 
 
 def mlp(sizes: list[int], seed: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from attacks.threat import LinfBall
-from certify.graph import capture
 from certify.interval import Interval
 from certify.op import AffineOp, Box, NonNegativeOp
 from certify.ops.affine import Conv2d, Linear, Scale
@@ -25,6 +24,7 @@ from certify.ops.relu import ReLU
 from certify.ops.s_shaped import SShaped
 from certify.ops.silu import SiLU
 from certify.region import Region
+from certify.tracing import capture
 from tests.certify.networks import INPUT, KINDS, VARIANTS, Apply, Block, layer, network
 
 POINTS, ROWS = 60, 12

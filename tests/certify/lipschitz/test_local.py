@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from attacks.threat import Ball, L1Ball, L2Ball, LinfBall
 from certify.bounds.jacobian import DUAL
-from certify.graph import capture
 from certify.lipschitz.local import METHODS, jacobian_bounds, local_lipschitz, monotone_features
 from certify.lipschitz.problem import posed
 from certify.lipschitz.radius import certified_radius
 from certify.lipschitz.search import Search, proven_norms
 from certify.op import UnsupportedOp
 from certify.spec import margin_spec
+from certify.tracing import capture
 from tests.certify.lipschitz.nets import box, by_brute_force, cloud, difference_of_relus, family, jacobians, mlp
 from tests.certify.networks import CLASSES, INPUT, KINDS, VARIANTS, layer, network, pair, sandwich
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from certify.graph import capture
+from certify.tracing import capture
 from robust.active import Moment
 from robust.checkpoint import load
 from robust.hooks.condlr import CondLR, orthonormal

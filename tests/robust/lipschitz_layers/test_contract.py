@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from certify.bounds.global_l2 import lipschitz_constants
-from certify.graph import capture
+from certify.tracing import capture
 from robust.l2_net import L2Net
 from robust.lipschitz_layer import LIPSCHITZ_LAYERS
 from robust.min_max import MinMax

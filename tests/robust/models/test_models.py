@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from certify.graph import capture
+from certify.tracing import capture
 from robust.model import MODELS
 from robust.models.ensemble import Ensemble
 from robust.normalize import Normalize

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.threat import Ball, LinfBall
-from certify.graph import capture
+from certify.tracing import capture
 from robust.active import RunFacts, begin
 from robust.normalize import Normalize
 from robust.objective import OBJECTIVES

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attacks.methods.pgd import PGD
 from attacks.threat import L2Ball, LinfBall
-from certify.graph import capture
+from certify.tracing import capture
 from robust.objective import OBJECTIVES
 from robust.objectives.mart import MART
 from robust.objectives.pgd import PGDTraining

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attacks.threat import LinfBall
-from certify.graph import capture
+from certify.tracing import capture
 from robust.objective import OBJECTIVES
 from robust.training_attack import adversarial
 from robust.views import Views

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from attacks.threat import LinfBall
-from certify.graph import capture
+from certify.tracing import capture
 from robust.active import RunFacts
 from robust.objectives.gat import GAT, jigsaw, shortest_combination, turned
 from robust.views import Views

@@ -8,8 +8,8 @@ from torch import nn
 
 from attacks.methods.pgd import PGD
 from attacks.threat import LinfBall
-from certify.graph import capture
 from certify.interval import Interval
+from certify.tracing import capture
 from robust.objectives.pgd import PGDTraining
 from robust.objectives.sabr import SABR, small_box
 from robust.objectives.shi_ibp import ShiIBP

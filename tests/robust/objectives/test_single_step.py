@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attacks.methods.fgsm import FGSM
 from attacks.threat import L2Ball, LinfBall
-from certify.graph import capture
+from certify.tracing import capture
 from robust.active import Moment
 from robust.objectives.fgsm_at import FGSMTraining
 from robust.objectives.fgsm_rs import FGSMRandomStart

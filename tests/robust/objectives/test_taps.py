@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from certify.graph import Snapshot, capture
+from certify.graph import Snapshot
 from certify.interval import Interval
 from certify.spec import other_classes
+from certify.tracing import capture
 from robust.objectives.sabr import SABR
 from robust.objectives.shi_ibp import ShiIBP
 from robust.objectives.staps import STAPS

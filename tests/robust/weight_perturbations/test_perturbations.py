@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from certify.graph import capture
+from certify.tracing import capture
 from robust.objectives.mtl_ibp import MTLIBP
 from robust.objectives.pgd import PGDTraining
 from robust.objectives.trades import TRADES

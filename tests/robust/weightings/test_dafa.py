@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify.graph import capture
+from certify.tracing import capture
 from robust.active import Moment
 from robust.objectives.pgd import PGDTraining
 from robust.objectives.trades import TRADES
