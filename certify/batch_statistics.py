@@ -72,6 +72,9 @@ class _BatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if weight is None and x.dtype in (torch.bfloat16, torch.float16):
+            # Autocast's reduced precision is for the activations: with float32 parameters the statistics keep theirs.
+            weight, bias = x.new_ones(x.shape[1], dtype=torch.float32), x.new_zeros(x.shape[1], dtype=torch.float32)
         if x.device.type == "cpu" and x.dim() > 2 and x.is_contiguous():
             mean, var = _mean_and_variance(x)
             out = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
@@ -112,6 +115,6 @@ def _mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
     In two passes, with vector instructions: PyTorch's own kernel for this layout is scalar and takes four times as
     long, a thirtieth of a ResNet's step.
     """
-    mean = x.flatten(2).mean(2).mean(0)
+    mean = x.flatten(2).mean(2, dtype=torch.promote_types(x.dtype, torch.float32)).mean(0)
     centred = (x - mean.view(-1, *[1] * (x.dim() - 2))).flatten(2)
     return mean, torch.linalg.vector_norm(centred, dim=2).square_().sum(0) / (len(x) * centred.shape[2])

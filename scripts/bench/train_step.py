@@ -46,12 +46,13 @@ CERTIFIED = {
     "mtl_ibp, 8 steps": "mtl_ibp:" + STEPS_8.format(""),
     "crown_ibp, loss fusion": "crown_ibp:crown_weight=0.5",
 }
-PGD_10 = "pgd:attack=(pgd:steps=10,step_size=0.25,keep=last,mode=keep),statistics=train,batch_norm=own"
+PGD_10 = "pgd:attack=(pgd:steps=10,step_size=0.25,keep=last,mode=keep{}),statistics=train,batch_norm=own"
 ADVERSARIAL = {
-    "pgd, 10 steps": PGD_10,
+    "pgd, 10 steps": PGD_10.format(""),
+    "pgd, 10 steps in bfloat16": PGD_10.format(",precision=bfloat16"),
     "trades, 10 steps": "trades",
     "mart, 10 steps": "mart",
-    "pgd + awp, 10 steps": f"{PGD_10} + awp:gamma=0.01",
+    "pgd + awp, 10 steps": f"{PGD_10.format('')} + awp:gamma=0.01",
     "trades + awp, 10 steps": "trades + awp:gamma=0.005",
 }
 """Objective, and behind " + " a weight perturbation."""

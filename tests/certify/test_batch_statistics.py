@@ -57,6 +57,21 @@ def test_training_mode_gives_the_layers_outputs_gradients_and_running_statistics
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("affine", [True, False])
+def test_under_autocast_training_mode_is_that_of_the_layer(affine: bool, layout: torch.memory_format) -> None:
+    ours, theirs = (normalised(affine=affine).float().train() for _ in range(2))
+    x = batch().float().contiguous(memory_format=layout)
+    graph, results = capture(ours, x[:1]), []
+    for model, run in ((ours, lambda x: graph.forward_train(x, constant=True)[0]), (theirs, theirs)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = run(leaf := x.clone().requires_grad_())
+        (gradient,) = torch.autograd.grad(out.float().square().sum(), leaf)
+        results.append((out.float(), gradient, dict(model.named_buffers())))
+    assert results[0][1].dtype == torch.float32
+    torch.testing.assert_close(results[0], results[1], rtol=0.02, atol=0.02 * float(results[1][1].abs().max()))
+
+
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False)])
 def test_gradients_flow_through_the_returned_statistics(layer: nn.BatchNorm1d) -> None:
     layer = layer.double().train()
