@@ -249,9 +249,18 @@ class Views:
     def iterate(self, x: Tensor, move: bool) -> Tensor:
         """Logits of an attack's iterate in training mode, constant in the parameters.
 
-        `move` says whether the running statistics follow it.
+        Args:
+            move: whether the running statistics follow it.
+
+        Raises:
+            ValueError: the attack has left examples out, so that the statistics are no longer the batch's.
         """
         self._refuse_parts()
+        if len(x) != len(self.x):
+            raise ValueError(
+                f"statistics=train needs the whole batch in every pass of the attack, which has {len(x)} of "
+                f"{len(self.x)} examples in this one; give the attack keep=last or keep=best"
+            )
         return self._pass_in_training(self.graph, x, move, constant=True)[0]
 
     @torch.no_grad()

@@ -267,3 +267,11 @@ def test_label_smoothing_of_trades_spreads_the_label_of_the_clean_term_alone(mod
     log_p = clean.log_softmax(1)
     smooth = -0.9 * log_p.gather(1, y[:, None]).squeeze(1) - 0.1 * log_p.mean(1)
     check(TRADES(label_smoothing=0.1, attack=FIXED), model, (smooth + 6 * divergence(clean, attacked)).mean())
+
+
+def test_batch_statistics_of_an_attack_that_leaves_examples_out_are_refused():
+    x, y = oracle.images()
+    views = oracle.views_of(oracle.small_net(batch_norm=True, hidden=3), x, y, 0.3)
+    attack = PGD(steps=5, step_size=0.5, keep="first_fooled", mode="keep")
+    with pytest.raises(ValueError, match=r"needs the whole batch in every pass.*keep=last"):
+        PGDTraining(attack=attack, statistics="train", batch_norm="own")(views)
