@@ -223,6 +223,7 @@ def picture(table: Table, lines: Sequence[Line], warnings: Sequence[str], theme:
 
 
 def _panel(axes: Axes, lines: Sequence[Line], metric: str, theme: plots.Theme) -> None:
+    on_top: dict[str, Any] = {"clip_on": False, "zorder": 3}  # marks at 0 and 100 % are whole, and before the frame
     for place, line in enumerate(lines):
         published, reproduced = line.published.get(metric), line.reproduced.get(metric)
         # What does not compare is not joined to what was published, and has a colour of its own.
@@ -230,8 +231,10 @@ def _panel(axes: Axes, lines: Sequence[Line], metric: str, theme: plots.Theme) -
         if published is not None and reproduced is not None and line.comparable:
             axes.plot([published, reproduced], [place, place], color=theme.faint, linewidth=1.6, zorder=1)
         if published is not None:
-            axes.plot([published], [place], "o", markerfacecolor="none", color=theme.certified, markersize=6)
+            axes.plot([published], [place], "o", markerfacecolor="none", color=theme.certified, markersize=6, **on_top)
         if reproduced is not None:
-            axes.plot([reproduced], [place], "o", color=colour, markersize=6, clip_on=False)
+            axes.plot([reproduced], [place], "o", color=colour, markersize=6, **on_top)
     axes.set_xlabel(f"{WORDS[metric]}, %")
-    axes.set_xlim(0, 100)
+    values = [figures[metric] for line in lines for figures in (line.published, line.reproduced) if metric in figures]
+    # From the ten below all marks on: rows of 96 to 99 % would lie on one another between 0 and 100.
+    axes.set_xlim(min(10 * int(min(values, default=0.0) // 10), 90), 100)
