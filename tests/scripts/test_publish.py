@@ -87,6 +87,13 @@ def test_the_published_fairness_is_lee_et_als_own():
     assert {name: round(value, 2) for name, value in found.items()} == known
 
 
+@pytest.mark.parametrize(("accuracy", "start"), [(57.0, 50), (0.0, 0), (99.9, 60), (100.0, 60)])
+def test_axes_hold_every_mark_and_begin_at_the_ten_below(small, accuracy, start):
+    found, made = lines(small, results=[result(clean=accuracy)])  # 60 % is published
+    panel = picture(small, found, marks(made, found)).axes[0]
+    assert panel.get_xlim() == (start, 100)
+
+
 def test_worst_classes_are_shown_only_where_they_were_published(small):
     text = markdown(small, results=[result(clean=58.5, clean_worst=12.0)])
     assert "worst class" not in text
