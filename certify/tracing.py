@@ -228,5 +228,6 @@ class _Capture:
 
     def _unsupported(self, node: torch.fx.Node, layer: str) -> UnsupportedOp:
         return UnsupportedOp(
-            f"no bound rule for {layer} (node {node.name!r}). Rules exist for: {', '.join(RULES.names())}"
+            f"no bound rule for {layer} (node {node.name!r}). Rules exist for: {', '.join(RULES.names())}. "
+            "The verifier auto_lirpa has rules of its own"
         )
