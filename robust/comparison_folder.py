@@ -11,7 +11,6 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from attacks.attack import ATTACKS
 from robust import plots
@@ -121,8 +120,7 @@ def overfitting(curves: Mapping[str, RobustCurve], theme: plots.Theme = plots.LI
     plots.percent_axis(axes.yaxis)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("robust validation accuracy")
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    plots.epoch_axis(axes)
     plots.legend_above(axes, theme, columns=2)
     return figure
 

@@ -179,14 +179,14 @@ def training_curves(records: Sequence[Mapping[str, Any]], theme: Theme = LIGHT) 
         for number, (name, points) in enumerate(lines.items()):
             colour, style = line_look(name, number, theme)
             marker = "o" if len(points) == 1 else None
-            axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.9, marker=marker, label=_word(name))
+            look: dict[str, Any] = {"linewidth": 1.9, "marker": marker, "clip_on": marker is None}
+            axes.plot(*zip(*points, strict=True), style, color=colour, label=_word(name), **look)
         axes.set_ylabel(title)
         if lines:
             legend_above(axes, theme, columns=3)
     percent_axis(above.yaxis)
     above.set_ylim(0, 1)
-    below.set_xlabel("epoch")
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    epoch_axis(below)
     return figure
 
 
@@ -259,6 +259,12 @@ def legend_above(axes: Axes, theme: Theme, columns: int) -> None:
 def percent_axis(axis: Any) -> None:
     """Label an axis of fractions in percent."""
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def epoch_axis(axes: Axes) -> None:
+    """Label the horizontal axis of training curves, with whole epochs, also where there is but one."""
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _unit(curve: EpsCurve) -> tuple[float, str]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from robust import lipschitz_plots, plots
 from robust.judged_run import JudgedRun
-from robust.plots import LIGHT, WIDTH, Theme, cycled, empty_figure, legend_above, percent_axis
+from robust.plots import LIGHT, WIDTH, Theme, cycled, empty_figure, epoch_axis, legend_above, percent_axis
 from robust.report import Rate
 
 MARKS = "oDs^vPX<>"
@@ -83,12 +82,11 @@ def training(runs: Sequence[JudgedRun], metric: str, theme: Theme = LIGHT) -> Fi
         points = [(record["epoch"], record[metric] / 100) for record in run.log if metric in record]
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.9, label=_name(run))
-            axes.plot(*points[-1], color=colour, marker=mark)
+            axes.plot(*points[-1], color=colour, marker=mark, clip_on=False)
     percent_axis(axes.yaxis)
     axes.set_ylim(0, 1)
     axes.set_ylabel(metric.partition("/")[2].replace("_", " "))
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    epoch_axis(axes)
     legend_above(axes, theme, columns=2)
     return figure
 

@@ -109,6 +109,14 @@ def test_a_thumbnail_has_the_pixels_of_the_image() -> None:
         assert np.abs(shown - expected).max() <= 1 / 255
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 160])
+def test_epochs_are_whole_numbers_on_their_axis(epochs: int) -> None:
+    axes = training_curves([{"epoch": epoch + 1, "loss/clean": 1.0} for epoch in range(epochs)]).axes[-1]
+    least, most = axes.get_xlim()
+    shown = [tick for tick in axes.get_xticks() if least <= tick <= most]
+    assert shown and all(tick == round(tick) for tick in shown)
+
+
 def test_training_curves_take_validation_accuracies_and_loss_terms_of_the_trainers_log() -> None:
     log: list[dict[str, object]] = [
         {
