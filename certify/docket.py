@@ -124,6 +124,7 @@ class Docket:
     ) -> None:
         """Predict and capture; arguments and errors as `Verifier.__call__`. `timeout` is in seconds per example."""
         check_problem(model, x, y, ball)
+        x = x.contiguous()  # images may come with their channels side by side
         self.model, self.x, self.y, self.ball, self.timeout = model, x, y, ball, timeout
         self.index = torch.arange(len(x)) if index is None else index
         self._networks: dict[torch.dtype, Snapshot | None] = {}

@@ -64,6 +64,7 @@ class AutoLiRPA:
         self, model: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, index: Tensor | None = None
     ) -> list[Verdict]:
         check_problem(model, x, y, ball, self.norms)
+        x = x.contiguous()
         verdicts: list[Verdict] = []
         for rows in torch.arange(len(x), device=x.device).split(self.batch_size):
             begin = time.perf_counter()

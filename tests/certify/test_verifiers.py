@@ -327,3 +327,13 @@ def test_interval_bounds_are_what_the_docket_certifies_with() -> None:
 
 def test_claims_without_evidence_are_errors_of_their_own_kind() -> None:
     assert issubclass(SoundnessError, RuntimeError)
+
+
+@pytest.mark.parametrize("name", ["ibp", "crown", "alpha_crown", "bab", "cascade", "milp"])
+def test_images_whose_channels_lie_side_by_side_get_the_same_verdicts(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)).eval()
+    x = torch.rand(4, 5, 5, 3).permute(0, 3, 1, 2)
+    y = model(x).argmax(1)
+    verdicts = [VERIFIERS.parse(name)(model, images, y, LinfBall(0.02)) for images in (x, x.contiguous())]
+    assert [v.status for v in verdicts[0]] == [v.status for v in verdicts[1]]
