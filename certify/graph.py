@@ -81,13 +81,17 @@ class Snapshot:
         nodes = (replace(n, op=n.op.select(index)) if isinstance(n.op, Linear) else n for n in self.nodes)
         return Snapshot(tuple(nodes))
 
+    def changed(self, change: Callable[[Op], Op]) -> Snapshot:
+        """The network with what `change` makes of each op in its place."""
+        return Snapshot(tuple(replace(node, op=change(node.op)) for node in self.nodes))
+
     def without_gradient(self) -> Snapshot:
         """The same ops with all tensors detached from the parameters."""
-        return Snapshot(tuple(Node(n.name, _map_tensors(n.op, Tensor.detach), n.inputs, n.shape) for n in self.nodes))
+        return self.changed(_constant)
 
     def to(self, dtype: torch.dtype) -> Snapshot:
         """The same ops with floating-point tensors of another precision."""
-        return Snapshot(tuple(Node(n.name, cast_tensors(n.op, dtype), n.inputs, n.shape) for n in self.nodes))
+        return self.changed(lambda op: cast_tensors(op, dtype))
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,18 @@ class Graph:
             nodes.append(Node(step.name, op, inputs, step.shape))
         return Snapshot(tuple(nodes))
 
+    def constant(self, change: Callable[[Op], Op]) -> Graph:
+        """The network with today's weights as constants, in the ops that `change` makes of today's.
+
+        BatchNorm layers stay the model's: `forward_train` normalises with each batch's statistics.
+        """
+
+        def built(op: Op) -> Callable[[], Op]:
+            made = op if isinstance(op, BatchNorm) else change(_constant(op))
+            return lambda: made
+
+        return replace(self, steps=(self.steps[0], *(replace(s, build=built(s.build())) for s in self.steps[1:])))
+
     def forward_train(self, x: Tensor, constant: bool = False) -> tuple[Tensor, dict[int, Statistics]]:
         """Training-mode forward pass: (logits, differentiable batch statistics by step).
 
@@ -160,7 +176,7 @@ class Graph:
             if isinstance(op, BatchNorm):
                 value, statistics[place] = batch_norm(op.layer, values[step.inputs[0]], constant, self.group)
             else:
-                op = _map_tensors(op, Tensor.detach) if constant else op
+                op = _constant(op) if constant else op
                 value = op.forward(*(values[i] for i in step.inputs))
             values.append(value)
             for i in step.inputs:
@@ -189,6 +205,10 @@ INPUT = _Input()
 def cast_tensors(op: Op, dtype: torch.dtype) -> Op:
     """The op with its floating-point tensors in another precision."""
     return _map_tensors(op, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+def _constant(op: Op) -> Op:
+    return _map_tensors(op, Tensor.detach)
 
 
 def _map_tensors(op: Op, function: Callable[[Tensor], Tensor]) -> Op:

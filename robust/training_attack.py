@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from attacks.attack import Attack
+from attacks.gradient import Precision
 from attacks.losses import misclassified
 from attacks.methods.pgd import PGD
 from attacks.mode import Model
-from certify.graph import Snapshot, cast_tensors
-from certify.ops.affine import Conv2d, Linear
+from certify.graph import Snapshot
+from robust.attacked_layers import layers_for
 from robust.views import Views, split_last
 
 BatchNormStatistics = Literal["batch", "running", "eval", "train", "train_frozen"]
@@ -64,7 +65,9 @@ def adversarial(
     y = views.y if labels is None else labels
 
     def search() -> Tensor:
-        network: Model = with_weights_in(attacked_network(views, statistics), attack)
+        passes: int = getattr(attack, "steps", 1)
+        precision: Precision = getattr(attack, "precision", "float32")
+        network = attacked_network(views, statistics, passes, precision)
         ball = views.ball if factor == 1 else views.ball.scaled(factor)
         pace = {} if views.pace is None else {"pace": views.pace}
         if not views.count_correct:
@@ -77,15 +80,23 @@ def adversarial(
     return views.once(("adversarial", id(attack), factor, statistics), search)
 
 
-def attacked_network(views: Views, statistics: BatchNormStatistics) -> Model:
-    """The network that an attack climbs, without gradients to the parameters."""
-    if not views.graph.has_batch_norm:
-        return views.frozen
-    if statistics in ("train", "train_frozen"):
-        return functools.partial(views.iterate, move=statistics == "train")
-    return {"batch": lambda: views.frozen, "running": lambda: views.running, "eval": lambda: views.evaluation}[
-        statistics
-    ]()
+def attacked_network(
+    views: Views, statistics: BatchNormStatistics, passes: int = 1, precision: Precision = "float32"
+) -> Model:
+    """The network that an attack climbs, without gradients to the parameters.
+
+    Args:
+        passes, precision: number of gradients that the attack takes, and its arithmetic; the layers are in the form
+            that suits them.
+    """
+    change = layers_for(passes, precision, len(views.x))
+    if views.graph.has_batch_norm and statistics in ("train", "train_frozen"):
+        return functools.partial(views.iterate, move=statistics == "train", graph=views.graph.constant(change))
+    if statistics == "running" and views.graph.has_batch_norm:
+        return views.running.changed(change)
+    if statistics == "eval" and views.graph.has_batch_norm:
+        return views.evaluation.changed(change)
+    return views.frozen.changed(change)
 
 
 def adversarial_logits(views: Views, x_adv: Tensor, batch_norm: BatchNormOf) -> Tensor:
@@ -115,20 +126,6 @@ def attacked_and_bounding(views: Views, x_adv: Tensor, statistics: BoundsStatist
         views.logits["adversarial"], network = views.training_pass(x_adv)
         return views.logits["adversarial"], network
     return adversarial_logits(views, x_adv, "clean"), views.snapshot
-
-
-def with_weights_in(network: Model, attack: Attack) -> Model:
-    """The network with the weights of its layers in the arithmetic that the attack asks for.
-
-    Autocast would convert them anew at every step of the attack.
-    """
-    if getattr(attack, "precision", "float32") == "float32" or not isinstance(network, Snapshot):
-        return network
-    nodes = (
-        replace(node, op=cast_tensors(node.op, torch.bfloat16)) if isinstance(node.op, Conv2d | Linear) else node
-        for node in network.nodes
-    )
-    return Snapshot(tuple(nodes))
 
 
 @dataclass

@@ -246,11 +246,12 @@ class Views:
         features = self._pass_in_training(replace(self.graph, steps=tuple(front)), x, self.moves_statistics)[0]
         return last.build().forward(features), features
 
-    def iterate(self, x: Tensor, move: bool) -> Tensor:
+    def iterate(self, x: Tensor, move: bool, graph: Graph | None = None) -> Tensor:
         """Logits of an attack's iterate in training mode, constant in the parameters.
 
         Args:
             move: whether the running statistics follow it.
+            graph: the network in another form; by default as it is.
 
         Raises:
             ValueError: the attack has left examples out, so that the statistics are no longer the batch's.
@@ -261,7 +262,7 @@ class Views:
                 f"statistics=train needs the whole batch in every pass of the attack, which has {len(x)} of "
                 f"{len(self.x)} examples in this one; give the attack keep=last or keep=best"
             )
-        return self._pass_in_training(self.graph, x, move, constant=True)[0]
+        return self._pass_in_training(graph or self.graph, x, move, constant=True)[0]
 
     @torch.no_grad()
     def pass_idly(self, x: Tensor) -> None:

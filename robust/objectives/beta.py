@@ -54,7 +54,7 @@ class BETA:
 
     def _search(self, views: Views) -> tuple[Tensor, Tensor]:
         """(points `[B, T, *shape]`, margins `[B, T]`) of every target."""
-        network = attacked_network(views, self.statistics)
+        network = attacked_network(views, self.statistics, self.steps)
         with torch.no_grad():
             targets = strongest_targets(network(views.x), views.y, self.targets)
         count, width = targets.shape

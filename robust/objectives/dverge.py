@@ -94,7 +94,7 @@ class _Active(Active):
         found = []
         for member in seen:
             front = replace(member, graph=hidden_part(member.graph, dverge.seed, int(first.epoch)), kept={})
-            network = attacked_network(front, dverge.statistics)
+            network = attacked_network(front, dverge.statistics, dverge.steps)
             with torch.no_grad():
                 wanted = network(targets)
             task = Task(first.x, (first.y, wanted), ball)

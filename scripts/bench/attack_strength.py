@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import robust
 from attacks.attack import ATTACKS
 from certify.tracing import capture
-from robust.training_attack import with_weights_in
+from robust.attacked_layers import layers_for
 
 ATTACKS_COMPARED = [
     f"pgd:steps=8,step_size={step},{decay}unit=box,keep={keep},mode=keep,precision={precision}"
@@ -41,7 +41,8 @@ def main() -> None:
     for text in ATTACKS_COMPARED:
         attack = ATTACKS.parse(text)
         generator = torch.Generator().manual_seed(0)
-        x_adv = attack(with_weights_in(network, attack), x, y, checkpoint.ball, generator=generator)
+        attacked = network.changed(layers_for(attack.steps, attack.precision, len(x)))
+        x_adv = attack(attacked, x, y, checkpoint.ball, generator=generator)
         with torch.no_grad():
             logits = network(x_adv)
         loss = F.cross_entropy(logits, y).item()
