@@ -121,23 +121,27 @@ class Views:
 
     @property
     def adversarial(self) -> Tensor:
-        """Logits at the adversarial points, `[B, K]`.
+        """Logits at the adversarial points, `[B, K]`; at radius 0, where training is natural, those of the images.
 
         Raises:
             ValueError: the objective has computed none.
         """
         if "adversarial" not in self.logits:
+            if self.eps_fraction == 0:
+                return self.clean
             raise ValueError("this needs logits at adversarial points, which the objective does not compute; try pgd")
         return self.logits["adversarial"]
 
     @property
     def points(self) -> Tensor:
-        """Adversarial points of the step, `[B, C, H, W]`: those that the objective searched first.
+        """Adversarial points of the step, `[B, C, H, W]`: the objective's first ones; at radius 0 the images.
 
         Raises:
             ValueError: it has searched none.
         """
         found = [value for key, value in self.kept.items() if isinstance(key, tuple) and key[0] == "adversarial"]
+        if not found and self.eps_fraction == 0:
+            return self.x
         if not found:
             raise ValueError("this needs adversarial points, and the objective attacks no images; try pgd")
         return found[0]

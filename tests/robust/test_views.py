@@ -248,3 +248,11 @@ def test_a_network_that_does_not_end_in_a_dense_layer_is_refused():
         split_last(snapshot)
     front, last = split_last(Snapshot(snapshot.nodes[:-1]))
     assert len(front.nodes) == 2 and last.weight.shape == (4, 50)
+
+
+def test_at_radius_zero_the_adversarial_points_are_the_images(model):
+    x, y = oracle.images()
+    views = oracle.views_of(model, x, y, 0.0, eps_fraction=0.0)
+    assert views.points is views.x and views.adversarial is views.clean
+    with pytest.raises(ValueError, match="try pgd"):
+        _ = oracle.views_of(model, x, y, EPS).adversarial
