@@ -28,7 +28,7 @@ from certify.verifier import VERIFIERS
 from robust.allocator import keep_freed_memory
 from tests.golden.networks import NAMES, load
 
-FACTORS = (1.0, 1.2, 1.5, 2.0)
+FACTORS = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.7, 2.0)
 """Times the published radius."""
 
 
