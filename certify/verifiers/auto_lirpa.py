@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.threat import Ball
+from certify.constant_arithmetic import without_broadcasts
 from certify.docket import check_problem
 from certify.op import UnsupportedOp
 from certify.precision import exact_arithmetic, proves, rounding_size
@@ -42,7 +43,8 @@ class AutoLiRPA:
     """Bounds of the margins by auto_LiRPA's own trace and relaxations, in float64.
 
     Needs: a network that package can trace; extra package auto_LiRPA. Returns: certified or unknown, for correctly
-    classified examples. How: bounds in float64 on a box or ball that rounding has not shrunk. A margin counts as proven
+    classified examples. How: bounds in float64 on a box or ball that rounding has not shrunk, of the network with its
+    arithmetic with constants written as the package takes it (`without_broadcasts`). A margin counts as proven
     if it exceeds ALLOWANCE, and where the suite can capture the network also its own allowance for float64. Bounds
     that a sampled point of the ball contradicts are a SoundnessError, never an answer. Sound as far as that package is,
     not complete. Source: Xu et al. (2020), "Automatic perturbation analysis".
@@ -99,10 +101,6 @@ class AutoLiRPA:
 
     def _package_bounds(self, model: nn.Module, x: Tensor, ball: Ball, spec: Tensor) -> tuple[Tensor, Tensor]:
         package = _package()
-        try:
-            bounded = package.BoundedModule(model, torch.empty_like(x), device=x.device)
-        except NotImplementedError as error:
-            raise UnsupportedOp(f"auto_LiRPA cannot bound the network either: {error}") from None
         eps = ball.eps_of(x)
         if ball.norm == "linf":
             lo, hi = x - eps, x + eps
@@ -115,8 +113,49 @@ class AutoLiRPA:
             # The pixel range does not cut the ball here, and the largest radius serves all: a larger set.
             perturbation = package.PerturbationLpNorm(norm=2, eps=float(eps.max()) * (1 + 1e-12))
         start = package.BoundedTensor(x, perturbation)
-        low, high = bounded.compute_bounds(x=(start,), C=spec, method=self.method)
+        model = without_broadcasts(model, x)
+        try:
+            bounded = package.BoundedModule(model, torch.empty_like(x), device=x.device)
+            if ball.norm != "linf" and not _starts_linear(bounded):
+                model = nn.Sequential(_identity(x), model)
+                bounded = package.BoundedModule(model, torch.empty_like(x), device=x.device)
+            low, high = bounded.compute_bounds(x=(start,), C=spec, method=self.method)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            # A network beyond the package ends in whatever its code runs into, often an assertion without a word.
+            raise UnsupportedOp(
+                f"auto_LiRPA cannot bound the network either ({type(e).__name__}: {str(e) or 'without a message'}); "
+                "write its forward with the layers of torch.nn that have bound rules, or judge it with robust attack"
+            ) from e
         return low.detach(), high.detach()
+
+
+def _starts_linear(bounded: Any) -> bool:
+    """Whether only linear layers read the input. Every other operation of the package takes an l2 ball for its centre
+    when it computes intervals, and its bounds are then too tight."""
+
+    def linear(node: Any) -> bool:
+        readers = [bounded[name] for name in node.output_name]
+        return bool(readers) and all(
+            type(r).__name__ in ("BoundLinear", "BoundConv")
+            or (type(r).__name__ in ("BoundFlatten", "BoundReshape") and linear(r))
+            for r in readers
+        )
+
+    return all(linear(bounded[name]) for name in bounded.input_name)
+
+
+def _identity(x: Tensor) -> nn.Module:
+    """A linear layer that gives `x` back."""
+    if x.dim() == 4:
+        conv = nn.Conv2d(x.shape[1], x.shape[1], 1, bias=False).to(x)
+        conv.weight.copy_(torch.eye(x.shape[1])[:, :, None, None])
+        return conv
+    numbers = x[0].numel()
+    dense = nn.Linear(numbers, numbers, bias=False).to(x)
+    dense.weight.copy_(torch.eye(numbers))
+    return nn.Sequential(nn.Flatten(), dense, nn.Unflatten(1, x.shape[1:]))
 
 
 def _refuse_escapes(model: nn.Module, x: Tensor, ball: Ball, spec: Tensor, low: Tensor, high: Tensor) -> None:

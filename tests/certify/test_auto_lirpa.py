@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from attacks import PGD, L1Ball, L2Ball, LinfBall
 from attacks.threat import Ball
-from certify import VERIFIERS, bound, margin_spec
+from certify import VERIFIERS, bound, constant_arithmetic, margin_spec
+from certify.constant_arithmetic import without_broadcasts
 from certify.op import UnsupportedOp
 from certify.verdict import SoundnessError
 from certify.verifiers.auto_lirpa import AutoLiRPA
+from robust.normalize import Normalize
 
 if importlib.util.find_spec("auto_LiRPA") is None:
     pytest.skip("auto_LiRPA is not installed", allow_module_level=True)
@@ -121,6 +124,113 @@ def test_a_margin_that_large_weights_cancel_to_is_not_certified() -> None:
     x = torch.rand(2, 1, 8, 8)
     verdicts = AutoLiRPA()(nn.Sequential(nn.Flatten(), first, last).eval(), x, torch.zeros(2).long(), LinfBall(0.01))
     assert [(v.status, v.margin_lb > 0) for v in verdicts] == [("unknown", True)] * 2
+
+
+class Formula(nn.Module):
+    """Any formula of the input and of constants of given shapes."""
+
+    def __init__(self, formula: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.formula, self.count = formula, len(shapes)
+        noise = torch.Generator().manual_seed(3)
+        for number, shape in enumerate(shapes):
+            self.register_buffer(f"c{number}", 0.3 + 0.5 * torch.rand(shape, generator=noise))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.formula(x, *(getattr(self, f"c{number}") for number in range(self.count)))
+
+
+PER_CHANNEL = (3, 1, 1)
+NORMALISATIONS: dict[str, Callable[[], nn.Module]] = {
+    "the layer of the suite": lambda: Normalize((0.49, 0.48, 0.45), (0.25, 0.24, 0.26)),
+    "constants [C, 1, 1]": lambda: Formula(lambda x, a, b: (x - a) / b, PER_CHANNEL, PER_CHANNEL),
+    "constants [1, C, 1, 1]": lambda: Formula(lambda x, a, b: (x - a) / b, (1, *PER_CHANNEL), (1, *PER_CHANNEL)),
+    "constants [C], viewed": lambda: Formula(lambda x, a, b: (x - a.view(1, -1, 1, 1)) * b[:, None, None], (3,), (3,)),
+    "numbers": lambda: Formula(lambda x: (x - 0.3) / 0.35),
+    "constants from the left": lambda: Formula(lambda x, a, b: b * (a - x), PER_CHANNEL, PER_CHANNEL),
+    "methods": lambda: Formula(lambda x, a, b: x.sub(a).mul(b).add(0.1), PER_CHANNEL, ()),
+}
+
+
+def of_colour(first: nn.Module) -> nn.Module:
+    torch.manual_seed(4)
+    middle = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(first, *middle, nn.Flatten(), nn.Linear(64, 5)).eval()
+
+
+def colour_images(model: nn.Module) -> tuple[Tensor, Tensor]:
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    return x, model(x).argmax(1)
+
+
+def margins_of_points(model: nn.Module, x: Tensor, y: Tensor, ball: Ball) -> Tensor:
+    """Smallest margins `[B]` at random points of the ball and at those of an attack."""
+    noise = torch.Generator().manual_seed(6)
+    points = [ball.sample(x, noise) for _ in range(20)] + [PGD(steps=20)(model, x, y, ball)]
+    spec = margin_spec(y, model(x).shape[1])
+    return torch.stack([(spec @ model(p).unsqueeze(2)).squeeze(2).amin(1) for p in points]).amin(0)
+
+
+@pytest.mark.parametrize("ball", [LinfBall(1 / 255), L2Ball(0.1)], ids=lambda ball: ball.norm)
+@pytest.mark.parametrize("name", NORMALISATIONS)
+def test_any_spelling_of_a_normalisation_is_bounded_as_by_our_crown(name: str, ball: Ball) -> None:
+    """The package's own treatment of constants fails (a bare AssertionError with [C, 1, 1]) or, in l2, is unsound."""
+    model = of_colour(NORMALISATIONS[name]())
+    x, y = colour_images(model)
+    found = torch.tensor([v.margin_lb for v in AutoLiRPA()(model, x, y, ball)])
+    expected = bound(model, x, ball, spec=margin_spec(y, 5), method="crown").lb.amin(1)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-4)
+    assert (found <= margins_of_points(model, x, y, ball) + 1e-6).all()
+
+
+@pytest.mark.parametrize("method", ["IBP", "CROWN-IBP", "CROWN"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        Formula(lambda x: (x - 0.5) / 0.5),
+        Formula(lambda x: (x.flatten(1) - 0.5) / 0.5),
+        Formula(lambda x: torch.relu(x - 0.5)),
+        Formula(lambda x: x + torch.relu(x)),
+        Formula(lambda x: torch.sigmoid(8 * x)),
+        nn.Identity(),
+    ],
+    ids=["numbers", "flat numbers", "relu", "residual", "sigmoid", "none"],
+)
+def test_an_l2_ball_is_never_taken_for_its_centre(first: nn.Module, method: str) -> None:
+    """What reads the input and is no linear layer used the centre for the ball: points got past what was certified."""
+    for seed in (5, 16):
+        torch.manual_seed(seed)
+        hidden = [nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3)]
+        model = nn.Sequential(first, nn.Flatten(), *hidden).eval()
+        x = torch.rand(20, 1, 4, 4)
+        y = model(x).argmax(1)
+        for eps in (0.1, 0.5):
+            ball = L2Ball(eps, pixel_range=None)
+            lower = torch.tensor(
+                [v.margin_lb for v in VERIFIERS.parse(f"auto_lirpa:method={method}")(model, x, y, ball)]
+            )
+            assert (lower <= margins_of_points(model, x, y, ball) + 1e-6).all()
+
+
+def test_a_rewritten_network_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = of_colour(Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))).double()
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert without_broadcasts(model, x) is not model
+        real = constant_arithmetic._line
+        monkeypatch.setattr(
+            constant_arithmetic,
+            "_line",
+            lambda *of: (found := real(*of)) and (found[0], found[1] * 1.0001, found[2]),
+        )
+        assert without_broadcasts(model, x) is model
+
+
+def test_what_the_package_dies_of_is_one_line() -> None:
+    model = of_colour(Formula(lambda x, a: x * a, (3, 8, 8)))  # one number per pixel
+    x, y = colour_images(model)
+    with pytest.raises(UnsupportedOp, match=r"cannot bound the network either \(AssertionError: without a message\)"):
+        AutoLiRPA()(model, x, y, LinfBall(0.01))
 
 
 def test_misuse_is_answered_in_one_line() -> None:
