@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,20 @@ from torch import Tensor
 
 from attacks.threat import Ball
 from certify.interval import BallImage, Interval
+
+
+def check_pixels(x: Tensor, ball: Ball) -> None:
+    """Raise ValueError unless the examples are finite and in the pixel range: elsewhere the cut ball is empty, and
+    bounds of it mean nothing."""
+    x = x.detach()
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("x has values that are not finite")
+    low, high = ball.pixel_range or (-math.inf, math.inf)
+    if len(x) and not (low <= float(x.min()) and float(x.max()) <= high):
+        raise ValueError(
+            f"x has values from {float(x.min()):g} to {float(x.max()):g}, outside the pixel range [{low:g}, {high:g}]; "
+            "give pixels, and let the model's first layer normalise"
+        )
 
 
 @dataclass(frozen=True)

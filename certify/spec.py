@@ -12,11 +12,16 @@ def margin_spec(y: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> 
     Args:
         y: labels `[B]` in 0 .. K - 1.
         classes: K, at least 2.
+
+    Raises:
+        ValueError: labels that are not of an integer type that indexes (bytes and booleans would be taken for masks).
     """
+    if y.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"y is {y.dtype}; labels are numbers of classes in int64, y.long()")
     if classes < 2:
         raise ValueError(f"a margin needs at least 2 classes, got {classes}")
     identity = torch.eye(classes, dtype=dtype, device=y.device)
-    return identity[y].unsqueeze(1) - identity[other_classes(y, classes)]
+    return identity.index_select(0, y).unsqueeze(1) - identity[other_classes(y, classes)]
 
 
 def other_classes(y: Tensor, classes: int) -> Tensor:

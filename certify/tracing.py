@@ -41,6 +41,13 @@ def capture(model: nn.Module, example: Tensor) -> Graph:
     try:
         graph = _Capture(model, probe).graph
         _check(graph, model, probe)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        shape = tuple(probe.shape)
+        raise CaptureError(
+            f"{type(model).__name__}: the forward pass fails on a batch of shape {shape}: {error}"
+        ) from error
     finally:
         for module, training in modes.items():
             module.training = training
@@ -51,13 +58,24 @@ def _check(graph: Graph, model: nn.Module, probe: Tensor) -> None:
     """Compare graph and model on another batch size, so that no batch-dependent constant goes unnoticed."""
     with torch.no_grad():
         x = torch.cat([probe, probe.flip(0) / 2])[:5]
-        expected, got = model(x), graph.snapshot()(x)
+        noise = _noise_of(x.device)
+        expected = model(x)
+        if any(not torch.equal(before, after) for before, after in zip(noise, _noise_of(x.device), strict=True)):
+            raise CaptureError(
+                "the model's forward draws random numbers, also in evaluation mode; remove the randomness"
+            )
+        got = graph.snapshot()(x)
     # Where the model itself gives nan the graph must too: what it means is for the caller to say.
     scale = expected.abs().nan_to_num(posinf=0.0).max().clamp(min=1).item()
     if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):
         raise CaptureError(
             "the captured graph does not reproduce the model's forward; does it use the batch size or randomness?"
         )
+
+
+def _noise_of(device: torch.device) -> list[Tensor]:
+    """States of the generators that a forward pass on the device may draw from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 class _Tracer(torch.fx.Tracer):

@@ -55,6 +55,7 @@ class APGD:
     def __post_init__(self) -> None:
         _check_counts(self.steps, self.restarts, self.samples)
 
+    @torch.no_grad()
     def __call__(
         self,
         model: Model,
@@ -113,6 +114,7 @@ class APGDT:
         if self.targets < 1:
             raise ValueError(f"expected targets >= 1, got {self.targets}")
 
+    @torch.no_grad()
     def __call__(
         self,
         model: Model,

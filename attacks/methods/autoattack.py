@@ -88,6 +88,7 @@ class AutoAttack:
             "square": square,
         }
 
+    @torch.no_grad()
     def __call__(
         self,
         model: Model,

@@ -58,6 +58,7 @@ class BETA:
         if self.step_size <= 0 or not 0 <= self.smoothing < 1:
             raise ValueError(f"expected step_size > 0 and 0 <= smoothing < 1, got {self}")
 
+    @torch.no_grad()
     def __call__(
         self,
         model: Model,
@@ -72,6 +73,7 @@ class BETA:
         best = margins.argmax(1)
         return points[torch.arange(len(x), device=x.device), best]
 
+    @torch.no_grad()
     def candidates(
         self,
         model: Model,

@@ -61,6 +61,7 @@ class CarliniWagner:
         if self.steps < 1 or self.searches < 1 or self.weight <= 0 or self.step_size <= 0 or self.confidence < 0:
             raise ValueError(f"expected steps, searches >= 1, weight, step_size > 0 and confidence >= 0, got {self}")
 
+    @torch.no_grad()
     def __call__(
         self,
         model: Model,
@@ -73,6 +74,7 @@ class CarliniWagner:
     ) -> Tensor:
         return self.nearest(model, x, y, ball).inside(x, ball)
 
+    @torch.no_grad()
     def nearest(self, model: Model, x: Tensor, y: Tensor, ball: Ball) -> Nearest:
         """The nearest misclassified point found for each example, however far; the ball gives the pixel range."""
         require_norm(self, ball)

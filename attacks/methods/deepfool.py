@@ -53,6 +53,7 @@ class DeepFool:
         if self.steps < 1 or self.overshoot < 0 or self.classes < 2:
             raise ValueError(f"expected steps >= 1, overshoot >= 0 and classes >= 2, got {self}")
 
+    @torch.no_grad()
     def __call__(
         self,
         model: Model,
@@ -65,6 +66,7 @@ class DeepFool:
     ) -> Tensor:
         return self.nearest(model, x, y, ball).inside(x, ball)
 
+    @torch.no_grad()
     def nearest(self, model: Model, x: Tensor, y: Tensor, ball: Ball) -> Nearest:
         """The misclassified point of each example, however far; the ball gives norm and pixel range."""
         require_norm(self, ball)

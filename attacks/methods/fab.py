@@ -63,6 +63,7 @@ class FAB:
         if self.targets < 0 or self.steps < 1 or self.restarts < 1:
             raise ValueError(f"expected targets >= 0, steps >= 1 and restarts >= 1, got {self}")
 
+    @torch.no_grad()
     def __call__(
         self,
         model: Model,
@@ -76,6 +77,7 @@ class FAB:
         noise = noise_of(self.seed, x, generator, index)
         return self._search(model, x, y, ball, noise, stop=True).inside(x, ball)
 
+    @torch.no_grad()
     def nearest(
         self,
         model: Model,

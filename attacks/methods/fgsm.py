@@ -43,6 +43,7 @@ class FGSM:
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
 
+    @torch.no_grad()
     def __call__(
         self,
         model: Model,

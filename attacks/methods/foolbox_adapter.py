@@ -50,6 +50,7 @@ class Foolbox:
         """The one norm in which the attack measures."""
         return (NORMS[self._made().distance.p],)
 
+    @torch.no_grad()
     def __call__(
         self,
         model: Model,

@@ -52,6 +52,7 @@ class FriendlyPGD:
         if self.steps < 0 or self.patience < 0 or self.noise < 0:
             raise ValueError(f"expected steps, patience and noise >= 0, got {self}")
 
+    @torch.no_grad()
     def __call__(
         self,
         model: Model,

@@ -57,6 +57,7 @@ class MarginPGD:
         if self.steps < 0 or self.restarts < 1 or self.rows < 1 or (self.targets is not None and self.targets < 1):
             raise ValueError(f"expected steps >= 0 and restarts, rows, targets >= 1, got {self}")
 
+    @torch.no_grad()
     def __call__(
         self,
         model: Model,

@@ -69,6 +69,7 @@ class PGD:
         if self.keep == "last" and self.restarts > 1:
             raise ValueError("keep='last' leaves nothing to compare restarts by; use keep='best' or restarts=1")
 
+    @torch.no_grad()
     def __call__(
         self,
         model: Model,

@@ -67,6 +67,7 @@ class Square:
         if self.queries < 1 or self.restarts < 1 or not 0 < self.share <= 1:
             raise ValueError(f"expected queries and restarts >= 1 and a share in (0, 1], got {self}")
 
+    @torch.no_grad()
     def __call__(
         self,
         model: Model,

@@ -67,6 +67,7 @@ class Torchattacks:
             return ("linf", "l2", "l1")
         return ("l2",) if "L2" in self.name else ("linf",)
 
+    @torch.no_grad()
     def __call__(
         self,
         model: Model,

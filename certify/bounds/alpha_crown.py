@@ -49,6 +49,8 @@ def alpha_crown(
         wanted: outputs that the objective sums over, bool `[B, R]`; all where None.
         enough: called with the best bounds so far and their scale, each `[B, R]`; True ends the ascent.
     """
+    if iterations and torch.is_inference_mode_enabled():
+        raise RuntimeError("alpha_crown needs gradients: call it outside torch.inference_mode (torch.no_grad is fine)")
     snapshot = snapshot.without_gradient()
     start = len(snapshot.nodes) - 1
     base = intermediate_boxes(snapshot, region) if boxes is None else boxes

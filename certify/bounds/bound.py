@@ -15,7 +15,7 @@ from certify.bounds.crown_ibp import crown_ibp
 from certify.bounds.global_l2 import global_l2
 from certify.bounds.interval import ibp
 from certify.graph import Graph, Snapshot
-from certify.region import Region
+from certify.region import Region, check_pixels
 from certify.tracing import capture
 
 
@@ -57,13 +57,21 @@ def bound(
     Returns:
         Bounds with `[B, R]` each, differentiable with respect to the model's parameters (but for alpha_crown and
         global_l2).
+
+    Raises:
+        ValueError: examples outside the pixel range, or a spec of another shape or type.
     """
     if method not in BOUNDS:
         raise ValueError(f"no bound method {method!r}; known: {', '.join(BOUNDS)}")
+    check_pixels(x, ball)
     snapshot = snapshot_of(model, x)
     (classes,) = snapshot.nodes[-1].shape
     if spec is None:
         spec = torch.eye(classes, dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
+    if spec.dim() != 3 or spec.shape[0] not in (1, len(x)) or spec.shape[2] != classes or spec.dtype != x.dtype:
+        raise ValueError(
+            f"spec must be [B, R, K] = [{len(x)}, R, {classes}] of {x.dtype}, got {tuple(spec.shape)} of {spec.dtype}"
+        )
     region = Region.around(x, ball)
     rows = torch.cat([spec, -spec], 1)
     low, _ = BOUNDS[method](snapshot.with_spec(rows), region, **options)

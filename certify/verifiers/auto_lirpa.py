@@ -11,7 +11,7 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from attacks.threat import Ball
 from certify.constant_arithmetic import without_broadcasts
-from certify.docket import check_problem
+from certify.docket import check_problem, checked_logits
 from certify.op import UnsupportedOp
 from certify.precision import exact_arithmetic, proves, rounding_size
 from certify.region import Region
@@ -66,11 +66,11 @@ class AutoLiRPA:
         self, model: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, index: Tensor | None = None
     ) -> list[Verdict]:
         check_problem(model, x, y, ball, self.norms)
-        x = x.contiguous()
+        x = x.detach().contiguous()
         verdicts: list[Verdict] = []
         for rows in torch.arange(len(x), device=x.device).split(self.batch_size):
             begin = time.perf_counter()
-            logits = logits_of(model, x[rows])
+            logits = checked_logits(model, x[rows], y[rows])
             low, proven = self._bounds(model, x[rows], y[rows], ball.select(rows), logits)
             seconds = (time.perf_counter() - begin) / len(rows)
             right = (logits.argmax(1) == y[rows]) & logits.isfinite().all(1)
@@ -87,6 +87,7 @@ class AutoLiRPA:
         with evaluation(model):
             double = copy.deepcopy(model).double()
         points, spec = x.double(), margin_spec(y, logits.shape[1], torch.float64)
+        _refuse_mixing(double, points)
         with _float64(), exact_arithmetic():
             low, high = self._package_bounds(double, points, ball, spec)
         _refuse_escapes(double, points, ball, spec, low, high)
@@ -113,14 +114,16 @@ class AutoLiRPA:
             # The pixel range does not cut the ball here, and the largest radius serves all: a larger set.
             perturbation = package.PerturbationLpNorm(norm=2, eps=float(eps.max()) * (1 + 1e-12))
         start = package.BoundedTensor(x, perturbation)
-        model = without_broadcasts(model, x)
+        written = without_broadcasts(model, x)
         try:
-            bounded = package.BoundedModule(model, torch.empty_like(x), device=x.device)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", torch.jit.TracerWarning)
+                bounded = package.BoundedModule(written, x, device=x.device)
+            _refuse_frozen_values(caught)
             if ball.norm != "linf" and not _starts_linear(bounded):
-                model = nn.Sequential(_identity(x), model)
-                bounded = package.BoundedModule(model, torch.empty_like(x), device=x.device)
+                bounded = package.BoundedModule(nn.Sequential(_identity(x), written), x, device=x.device)
             low, high = bounded.compute_bounds(x=(start,), C=spec, method=self.method)
-        except torch.cuda.OutOfMemoryError:
+        except (CaptureError, torch.cuda.OutOfMemoryError):
             raise
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             # A network beyond the package ends in whatever its code runs into, often an assertion without a word.
@@ -129,6 +132,24 @@ class AutoLiRPA:
                 "write its forward with the layers of torch.nn that have bound rules, or judge it with robust attack"
             ) from e
         return low.detach(), high.detach()
+
+
+def _refuse_mixing(model: nn.Module, x: Tensor) -> None:
+    """CaptureError where an example's logits depend on the batch that it comes in: bounds are of each example alone."""
+    logits, among_others = logits_of(model, x), logits_of(model, torch.cat([x, x.flip(0) / 2]))[: len(x)]
+    if not torch.allclose(
+        logits, among_others, rtol=1e-6, atol=1e-6 * max(1.0, float(logits.abs().max())), equal_nan=True
+    ):
+        raise CaptureError("the model's logits of an image depend on the batch that it comes in, or are random")
+
+
+def _refuse_frozen_values(caught: Sequence[warnings.WarningMessage]) -> None:
+    """CaptureError where torch warned that a trace holds for the traced example only: branches and numbers that depend
+    on values are constants in it."""
+    for warning in caught:
+        if issubclass(warning.category, torch.jit.TracerWarning):
+            words = str(warning.message).split(". ")[0]
+            raise CaptureError(f"auto_LiRPA cannot trace the network, whose forward depends on values: {words}")
 
 
 def _starts_linear(bounded: Any) -> bool:

@@ -201,6 +201,14 @@ def test_any_function_is_a_model_and_no_grad_is_no_obstacle(case, examples):
     assert make_ball(norm, 0.1).contains(x_adv, x).all()
 
 
+def test_images_that_want_gradients_get_detached_points(case, small_net, examples):
+    attack, norm = case
+    net, x, y = problem(small_net, examples)
+    x_adv = attack(net, x.clone().requires_grad_(), y, make_ball(norm, 0.1))
+    assert not x_adv.requires_grad
+    assert torch.equal(x_adv, attack(net, x, y, make_ball(norm, 0.1)))
+
+
 def test_reduced_precision_keeps_the_points_exact(case, small_net, examples):
     attack, norm = case
     net, x, y = problem(small_net, examples)

@@ -15,6 +15,7 @@ from attacks.threat import Ball
 from certify import VERIFIERS, bound, constant_arithmetic, margin_spec
 from certify.constant_arithmetic import without_broadcasts
 from certify.op import UnsupportedOp
+from certify.tracing import CaptureError
 from certify.verdict import SoundnessError
 from certify.verifiers.auto_lirpa import AutoLiRPA
 from robust.normalize import Normalize
@@ -224,6 +225,36 @@ def test_a_rewritten_network_that_computes_something_else_is_not_used(monkeypatc
             lambda *of: (found := real(*of)) and (found[0], found[1] * 1.0001, found[2]),
         )
         assert without_broadcasts(model, x) is model
+
+
+class Changed(nn.Module):
+    """A network whose output is changed by a function of the input and of that output."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.change = gated(), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(x, self.body(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, z: z if x[0, 0, 0, 0] > 0.5 else -z, "depends on values: Converting a tensor to a Python boolean"),
+        (lambda x, z: z * x.max().item(), "depends on values: Converting a tensor to a Python number"),
+        (lambda x, z: z / x.shape[0], "depend on the batch that it comes in"),
+        (lambda x, z: z - z.mean(0), "depend on the batch that it comes in"),
+        (lambda x, z: z + torch.rand(5), "or are random"),
+    ],
+    ids=["branch", "number", "batch size", "batch", "noise"],
+)
+def test_a_trace_that_holds_for_one_batch_only_proves_nothing(change: Any, message: str) -> None:
+    """The package keeps the branch and the numbers of the traced batch as constants, and would certify that network."""
+    model = Changed(change).eval()
+    x, _ = images(model.body)
+    with pytest.raises(CaptureError, match=message):
+        AutoLiRPA(batch_size=1 if "values" in message else 16)(model, x, model(x).argmax(1), LinfBall(1e-3))
 
 
 def test_what_the_package_dies_of_is_one_line() -> None:

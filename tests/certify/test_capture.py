@@ -87,6 +87,15 @@ def test_a_model_that_returns_its_input_or_a_constant_is_refused() -> None:
 def test_randomness_in_evaluation_is_noticed() -> None:
     with pytest.raises((CaptureError, UnsupportedOp)):
         capture((model_of(lambda x: F.dropout(x, 0.5, training=True))), EXAMPLE)
+    small = Apply(lambda x, f: f(x.flatten(1)) + 1e-5 * torch.rand(3), nn.Linear(50, 3))
+    with pytest.raises(CaptureError, match="draws random numbers"):  # however small: the next pass is another function
+        capture(small, EXAMPLE)
+
+
+def test_a_forward_for_one_size_of_batch_is_refused_in_words() -> None:
+    fixed = Apply(lambda x, f: f(x.view(2, 2, 5, 5).flatten(1)), nn.Linear(50, 3))
+    with pytest.raises(CaptureError, match=r"fails on a batch of shape \(3, "):
+        capture(fixed, EXAMPLE)
 
 
 def test_a_value_changed_in_place_and_read_again_is_refused_by_name() -> None:

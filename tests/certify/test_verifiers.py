@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks.threat import Ball, L1Ball, L2Ball, LinfBall
+from attacks.threat import Ball, L1Ball, L2Ball, LinfBall, make_ball
+from certify.bounds.bound import bound
 from certify.docket import Docket, _padded
 from certify.precision import ALLOWANCES, exact_arithmetic
+from certify.spec import margin_spec
 from certify.verdict import SoundnessError, Verdict
 from certify.verifier import VERIFIERS
 from certify.verifiers.alpha_crown import AlphaCROWN
@@ -19,7 +21,7 @@ from certify.verifiers.cascade import Cascade
 from certify.verifiers.crown import CROWN
 from certify.verifiers.ibp import IBP
 from certify.verifiers.ibp import bound as ibp_bound
-from tests.certify.networks import CLASSES, INPUT, KINDS, network
+from tests.certify.networks import CLASSES, INPUT, KINDS, Apply, network
 
 ALL = sorted({name for name in VERIFIERS.names()} & {"ibp", "crown_ibp", "crown", "alpha_crown", "cascade"})
 
@@ -118,12 +120,67 @@ def test_verifiers_accept_no_examples_and_float64_models() -> None:
         (lambda m, x, y: (m, x[0, 0, 0], y[:5]), "must be a batch"),
         (lambda m, x, y: (m.bfloat16(), x.bfloat16(), y), "need float32 or float64"),
         (lambda m, x, y: (m.double(), x, y), "the model has parameters of torch.float64"),
+        (lambda m, x, y: (m, x, y.byte()), r"y is torch.uint8; labels are .* int64"),
+        (lambda m, x, y: (m, x, y.float()), r"y is torch.float32; labels are .* int64"),
+        (lambda m, x, y: (m, x, y.tolist()), r"y must be a tensor of labels .*, got a list"),
+        (lambda m, x, y: (m, x.numpy(), y), "x must be a tensor of images"),
+        (lambda m, x, y: (m, x, y.to("meta")), "on one device, got cpu, meta"),
+        (lambda m, x, y: (m.forward, x, y), "model must be an nn.Module, got"),
+        (lambda m, x, y: (m, torch.rand(6, 1, 9, 9), y), r"cannot take images of shape \(6, 1, 9, 9\)"),
+        (lambda m, x, y: (Apply(lambda x, f: (f(x), x), m), x, y), r"one tensor of logits \[B, K\], got a tuple"),
     ],
 )
-def test_problems_that_make_no_sense_are_refused_in_one_line(change: object, message: str) -> None:
+@pytest.mark.parametrize("name", ["ibp", "auto_lirpa"])
+def test_problems_that_make_no_sense_are_refused_in_one_line(change: object, message: str, name: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        IBP()(*change(*problem()), LinfBall(0.01))  # type: ignore[operator]
+        VERIFIERS.parse(name)(*change(*problem()), LinfBall(0.01))  # type: ignore[operator]
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_balls_of_another_batch_and_no_balls_are_refused(name: str) -> None:
+    verifier = VERIFIERS.parse(name)
+    ball = make_ball(verifier.norms[0], torch.full((8,), 0.01))
+    with pytest.raises(ValueError, match="the ball holds 8 radii, the batch 6 examples"):
+        verifier(*problem(), ball)
+    with pytest.raises(ValueError, match="ball must be a threat model such as LinfBall"):
+        verifier(*problem(), 0.01)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_images_that_want_gradients_change_nothing(name: str) -> None:
+    model, x, y = problem()
+    verifier = VERIFIERS.parse(name)
+    ball = make_ball(verifier.norms[0], 0.01)
+    expected = [v.status for v in verifier(model, x, y, ball)]
+    assert [v.status for v in verifier(model, x.clone().requires_grad_(), y, ball)] == expected
+
+
+def test_ascent_in_inference_mode_says_what_to_do() -> None:
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"outside torch\.inference_mode"):
+        VERIFIERS.parse("alpha_crown")(*problem(), LinfBall(0.1))
+
+
+def test_labels_that_would_be_taken_for_a_mask_make_no_margins() -> None:
+    y = torch.tensor([1, 2, 1])
+    assert torch.equal(margin_spec(y.int(), 3), margin_spec(y, 3))
+    for wrong in (y.byte(), y.bool(), y.float()):  # identity[bytes] is a selection of rows, of the shape of a right one
+        with pytest.raises(ValueError, match="labels are numbers of classes in int64"):
+            margin_spec(wrong, 3)
+    with pytest.raises(IndexError):
+        margin_spec(-y, 3)
+
+
+def test_bounds_of_images_outside_the_pixel_range_and_of_odd_specs_are_refused() -> None:
+    """The box of such an image ends before it begins; its bounds looked like proofs."""
+    model, x, y = problem()
+    for wrong, message in ((x * 255, "outside the pixel range"), (x * math.nan, "not finite")):
+        with pytest.raises(ValueError, match=message):
+            bound(model, wrong, LinfBall(0.01), spec=margin_spec(y, 4))
+    spec = margin_spec(y, 4)
+    for odd in (spec[0], spec[:3], spec[:, :, :3], spec.double()):
+        with pytest.raises(ValueError, match=r"spec must be \[B, R, K\] = \[6, R, 4\] of torch.float32, got"):
+            bound(model, x, LinfBall(0.01), spec=odd)
 
 
 def test_an_unknown_norm_is_refused() -> None:
