@@ -6,6 +6,7 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,7 @@ MALFORMED = (
     AssertionError,
     OSError,
     struct.error,
+    zipfile.BadZipFile,
 )
 
 
@@ -229,6 +231,10 @@ def _unpickled(path: Path) -> Any:
         # An open file, because torch would choose another reader by the name of a path.
         with Path(path).open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's thoughts about the pickle's protocol; the errors below say enough
+            if zipfile.is_zipfile(file) and (torn := zipfile.ZipFile(file).testzip()) is not None:
+                # torch writes check sums and reads past them.
+                raise ValueError(f"the check sum of {torn} in it is wrong")
+            file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL:? ([\w.]+)", str(error))

@@ -210,3 +210,15 @@ def test_a_torn_pickle_is_refused_in_one_line(tmp_path: Path, zipped: bool) -> N
         with pytest.raises(CheckpointError) as refusal:
             load_state_dict_file(path, network())
         assert "\n" not in str(refusal.value)
+
+
+def test_a_state_dict_with_a_changed_byte_is_refused(tmp_path: Path) -> None:
+    """torch stores check sums with the weights, and loads them without a look at these."""
+    path = tmp_path / "weights.pt"
+    torch.save({name: tensor + 1 for name, tensor in network().state_dict().items()}, path)
+    content = bytearray(path.read_bytes())
+    weights = (next(iter(network().state_dict().values())) + 1).numpy().tobytes()
+    content[content.index(weights)] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"damaged .*the check sum of .* in it is wrong"):
+        load_state_dict_file(path, network())
