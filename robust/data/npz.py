@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -75,8 +76,9 @@ def read_npz(path: Path, layout: str = "auto") -> tuple[MemoryImages, MemoryImag
         for names in found:
             if names[1] not in archive:
                 raise ValueError(f"{path}: has {names[0]} but no {names[1]}")
-        parts = [images_from_arrays(archive[x], archive[y], str(path), layout, (x, y)) for x, y in found]
-        named = tuple(str(name) for name in archive["classes"]) if "classes" in archive else None
+        arrays = {name: _array(archive, name, path) for names in found for name in names}
+        named = tuple(str(name) for name in _array(archive, "classes", path)) if "classes" in archive else None
+    parts = [images_from_arrays(arrays[x], arrays[y], str(path), layout, (x, y)) for x, y in found]
     if len(parts) == 2 and parts[0].pixels.shape[1:] != parts[1].pixels.shape[1:]:
         sizes = " and ".join(str(list(part.pixels.shape[1:])) for part in parts)
         raise ValueError(f"{path}: training and test images differ in shape [C, H, W]: {sizes}")
@@ -86,3 +88,11 @@ def read_npz(path: Path, layout: str = "auto") -> tuple[MemoryImages, MemoryImag
     classes = named or tuple(map(str, range(highest + 1)))
     nothing = parts[0].subset(torch.empty(0, dtype=torch.int64))
     return (parts[0], parts[1], classes) if len(parts) == 2 else (nothing, parts[0], classes)
+
+
+def _array(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> np.ndarray:
+    try:
+        array: np.ndarray = archive[name]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: {name} cannot be read, is damaged or holds objects ({error})") from error
+    return array

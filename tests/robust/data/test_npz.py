@@ -106,3 +106,17 @@ def test_files_that_are_no_archive_are_refused(tmp_path):
 def test_a_pickle_is_never_opened(tmp_path):
     with pytest.raises(ValueError, match="Object arrays"):
         load(tmp_path, x=np.array([GREY, None], dtype=object), y=LABELS)
+
+
+def test_arrays_that_are_damaged_or_hold_objects_are_named_with_their_file(tmp_path):
+    path = tmp_path / "images.npz"
+    np.savez(path, x=COLOUR, y=np.array([str(label) for label in LABELS], dtype=object))
+    with pytest.raises(ValueError, match=r"images\.npz: y cannot be read"):
+        parse_dataset(f"npz:{path}")()
+    for save in (np.savez, np.savez_compressed):
+        save(path, x=COLOUR, y=LABELS)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 4] ^= 255
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"images\.npz: x cannot be read"):
+            parse_dataset(f"npz:{path}")()
