@@ -126,7 +126,7 @@ def _check_fits(model: nn.Module, text: str, data: DataSet) -> None:
     images = f"images {'x'.join(map(str, data.input_shape))} of {data.name}"
     try:
         logits = logits_of(model, torch.zeros(2, *data.input_shape))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:  # the user's code
         raise OwnModelError(
             f"--model {text} does not take the {images} ({_first_line(error)}); another size or channels=1: "
             "folder:path=DIR,size=32,channels=1"
@@ -139,6 +139,13 @@ def _check_fits(model: nn.Module, text: str, data: DataSet) -> None:
             f"--model {text} has {logits.shape[1]} logits, but {data.name} has {len(data.classes)} classes; give "
             "another --data"
         )
+    try:
+        logits_of(model, torch.zeros(3, *data.input_shape))
+    except Exception as error:
+        raise OwnModelError(
+            f"--model {text} takes two {images}, but not three ({_first_line(error)}); its forward must take "
+            "batches of any size"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -78,6 +78,12 @@ class Odd(Net):
 class Spatial(Net):
     def forward(self, x):
         return x
+class Slip(Net):
+    def forward(self, x):
+        return self.boddy(x)
+class Pairs(Net):
+    def forward(self, x):
+        return self.body(x.view(2, 3, 36))
 def four(): return Net(4)
 def number(): return 4
 """
@@ -152,14 +158,16 @@ def test_code_that_only_a_checkpoint_names_is_never_run(mine: Path, capsys: pyte
         ({"weights": "whole_model.pt"}, "the pickle holds more than tensors"),
         ({"weights": "my_net.py"}, "my_net.py: truncated, damaged or no safetensors file"),
         ({"eps": "2"}, "eps=2 leaves the pixel range [0, 1]; did you mean 2/255?"),
-        ({"model": "my_net.py:Nett"}, "no 'Nett' in the file; my_net.py defines Net, Sized, Odd, Spatial"),
-        ({"model": "my_net.py"}, "which network? my_net.py defines Net, Sized, Odd, Spatial; write --model my_net.py:"),
+        ({"model": "my_net.py:Nett"}, "no 'Nett' in the file; my_net.py defines Net, Sized, Odd, Spatial, Slip, Pairs"),
+        ({"model": "my_net.py"}, "which network? my_net.py defines Net, Sized, Odd, Spatial, Slip, Pairs; write --model "),
         ({"model": "my_nets.py:Net"}, "there is no file my_nets.py (looked for "),
         ({"model": "broken.py:Net"}, "broken.py cannot be imported: ModuleNotFoundError: No module named 'no_such"),
         ({"model": "my_net.py:Sized"}, "Sized() fails (TypeError: "),
         ({"model": "my_net.py:number"}, "number() gives int, expected a torch.nn.Module"),
         ({"model": "my_net.py:Spatial"}, "expected logits [2, classes] for two images 3x6x6 of my_images, got shape"),
         ({"model": "my_net.py:Odd"}, "fft"),
+        ({"model": "my_net.py:Slip"}, "does not take the images 3x6x6 of my_images (AttributeError: "),
+        ({"model": "my_net.py:Pairs"}, "takes two images 3x6x6 of my_images, but not three (RuntimeError: "),
         ({"model": "cnn7"}, "the weights do not fit the model"),
         ({"model": "cnn77"}, "no model named 'cnn77' (did you mean 'cnn7'?)"),
         ({"data": "folder:no_images"}, "folder: there is no folder no_images (looked for /"),
