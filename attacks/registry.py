@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import math
 import pkgutil
 import types
 import typing
@@ -143,12 +144,15 @@ def method_field(registry: Registry, default: object) -> Any:
 
 
 def number(text: str) -> float:
-    """Float from "0.1", "1e-3" or a fraction such as "8/255"."""
+    """Float from "0.1", "1e-3" or a fraction such as "8/255"; nan is as wrong as a word."""
     top, slash, bottom = text.partition("/")
     try:
-        return float(top) / float(bottom) if slash else float(top)
+        value = float(top) / float(bottom) if slash else float(top)
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"expected a number such as 0.1 or 8/255, got {text!r}") from None
+        value = math.nan
+    if math.isnan(value):
+        raise ValueError(f"expected a number such as 0.1 or 8/255, got {text!r}")
+    return value
 
 
 def _read(text: str, hint: Any, field: dataclasses.Field) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+import dataclasses
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -11,6 +12,19 @@ from attacks.threat import Ball
 from certify.verdict import Verdict
 
 VERIFIERS = Registry("verifier", "certify.verifiers")
+
+LEAST = {"batch_size": 1, "batch": 1, "timeout": 0, "iterations": 0, "node_iterations": 0, "tighten_iterations": 0}
+"""Least value of the hyper-parameters that verifiers share, by name."""
+
+
+def check_fields(verifier: Any) -> None:
+    """Raise ValueError for hyper-parameters that mean nothing, such as batches of 0 examples."""
+    for field in dataclasses.fields(verifier):
+        value = getattr(verifier, field.name)
+        if field.name in LEAST and not value >= LEAST[field.name]:
+            raise ValueError(
+                f"{type(verifier).__name__}: {field.name} must be at least {LEAST[field.name]}, got {value}"
+            )
 
 
 class Verifier(Protocol):

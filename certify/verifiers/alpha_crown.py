@@ -13,7 +13,7 @@ from certify.docket import NORMS, Docket, Request
 from certify.graph import Snapshot
 from certify.region import Region
 from certify.verdict import Verdict
-from certify.verifier import VERIFIERS
+from certify.verifier import VERIFIERS, check_fields
 
 
 @VERIFIERS.register("alpha_crown")
@@ -43,6 +43,9 @@ class AlphaCROWN:
     falsifies: ClassVar[bool] = False
     norms: ClassVar[tuple[str, ...]] = NORMS
     block: ClassVar[int] = 20
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, index: Tensor | None = None

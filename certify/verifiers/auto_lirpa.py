@@ -28,7 +28,7 @@ from certify.region import Region
 from certify.spec import margin_spec
 from certify.tracing import CaptureError, capture
 from certify.verdict import SoundnessError, Verdict, evaluation, logits_of
-from certify.verifier import VERIFIERS
+from certify.verifier import VERIFIERS, check_fields
 
 ALLOWANCE = 1e-6
 """Share of the sizes of logits and bounds that a float64 bound must exceed: 2^-53 times some 10^10."""
@@ -61,6 +61,9 @@ class AutoLiRPA:
     complete: ClassVar[bool] = False
     falsifies: ClassVar[bool] = False
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, index: Tensor | None = None

@@ -21,7 +21,7 @@ from certify.branching.kfsb import KFSB
 from certify.docket import NORMS, Docket, Finding, Problem
 from certify.precision import ALLOWANCES
 from certify.verdict import Verdict
-from certify.verifier import VERIFIERS
+from certify.verifier import VERIFIERS, check_fields
 
 
 @VERIFIERS.register("bab")
@@ -62,6 +62,7 @@ class BranchAndBound:
     block: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if (
             self.timeout <= 0
             or min(self.iterations, self.node_iterations, self.tighten_iterations, self.inputs) < 0

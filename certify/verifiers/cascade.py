@@ -13,7 +13,7 @@ from attacks.registry import method_field
 from attacks.threat import Ball
 from certify.docket import NORMS, Docket
 from certify.verdict import Verdict
-from certify.verifier import VERIFIERS
+from certify.verifier import VERIFIERS, check_fields
 from certify.verifiers import crown, crown_ibp, ibp
 from certify.verifiers.alpha_crown import AlphaCROWN
 from certify.verifiers.bab import BranchAndBound
@@ -54,6 +54,7 @@ class Cascade:
     block: ClassVar[int] = 20
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for field, value, kind in (("last", self.last, BranchAndBound), ("alpha", self.alpha, AlphaCROWN)):
             if not isinstance(value, kind | None):
                 raise ValueError(

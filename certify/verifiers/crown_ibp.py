@@ -13,7 +13,7 @@ from certify.docket import NORMS, Docket, Request
 from certify.graph import Snapshot
 from certify.region import Region
 from certify.verdict import Verdict
-from certify.verifier import VERIFIERS
+from certify.verifier import VERIFIERS, check_fields
 from certify.verifiers.crown import best_slopes
 
 
@@ -36,6 +36,9 @@ class CROWNIBP:
     complete: ClassVar[bool] = False
     falsifies: ClassVar[bool] = False
     norms: ClassVar[tuple[str, ...]] = NORMS
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, index: Tensor | None = None

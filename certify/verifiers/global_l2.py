@@ -14,7 +14,7 @@ from certify.graph import Snapshot
 from certify.precision import rounding_at_points
 from certify.region import Region
 from certify.verdict import Verdict
-from certify.verifier import VERIFIERS
+from certify.verifier import VERIFIERS, check_fields
 
 
 @VERIFIERS.register("global_l2")
@@ -37,6 +37,9 @@ class GlobalL2:
     complete: ClassVar[bool] = False
     falsifies: ClassVar[bool] = False
     norms: ClassVar[tuple[str, ...]] = ("l2",)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, index: Tensor | None = None

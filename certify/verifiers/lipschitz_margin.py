@@ -16,7 +16,7 @@ from certify.graph import Snapshot
 from certify.lipschitz.linear import select
 from certify.region import Region
 from certify.verdict import Verdict
-from certify.verifier import VERIFIERS
+from certify.verifier import VERIFIERS, check_fields
 
 
 @VERIFIERS.register("lipschitz_margin")
@@ -42,6 +42,9 @@ class LipschitzMargin:
     complete: ClassVar[bool] = False
     falsifies: ClassVar[bool] = False
     norms: ClassVar[tuple[str, ...]] = NORMS
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, index: Tensor | None = None

@@ -24,7 +24,7 @@ from certify.ops.relu import ReLU
 from certify.program import Program
 from certify.region import Region
 from certify.verdict import Verdict
-from certify.verifier import VERIFIERS
+from certify.verifier import VERIFIERS, check_fields
 
 INTEGRALITY = FEASIBILITY = 2e-6
 DUAL = 2e-7
@@ -57,6 +57,9 @@ class MILP:
     falsifies: ClassVar[bool] = True
     norms: ClassVar[tuple[str, ...]] = ("linf",)
     block: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, index: Tensor | None = None

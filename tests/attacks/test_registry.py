@@ -152,3 +152,9 @@ def test_a_field_without_a_default_is_asked_for():
     assert registry.parse("yo-yo:string=0.5") == YoYo(0.5)
     with pytest.raises(UnknownName, match="toy 'yo-yo' needs string: yo-yo:string="):
         registry.parse("yo-yo:colour=blue")
+
+
+@pytest.mark.parametrize("text", ["nan", "nan/255", "-nan", "inf/inf"])
+def test_no_field_takes_nan(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a number such as"):
+        number(text)

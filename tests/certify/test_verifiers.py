@@ -156,6 +156,18 @@ def test_images_that_want_gradients_change_nothing(name: str) -> None:
     assert [v.status for v in verifier(model, x.clone().requires_grad_(), y, ball)] == expected
 
 
+@pytest.mark.parametrize("name", VERIFIERS.names())
+@pytest.mark.parametrize(
+    ("field", "wrong"), [("batch_size", 0), ("batch", -1), ("timeout", math.nan), ("timeout", -1.0)]
+)
+def test_hyper_parameters_that_mean_nothing_are_refused(name: str, field: str, wrong: float) -> None:
+    """With a timeout of nan every image was unknown; a negative size of batches split them from the other end."""
+    verifier = VERIFIERS[name]
+    if field in {f.name for f in dataclasses.fields(verifier)}:
+        with pytest.raises(ValueError, match=rf"{verifier.__name__}: {field} must be at least \d, got {wrong}"):
+            verifier(**{field: wrong})
+
+
 def test_ascent_in_inference_mode_says_what_to_do() -> None:
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"outside torch\.inference_mode"):
         VERIFIERS.parse("alpha_crown")(*problem(), LinfBall(0.1))

@@ -159,7 +159,7 @@ def test_code_that_only_a_checkpoint_names_is_never_run(mine: Path, capsys: pyte
         ({"weights": "my_net.py"}, "my_net.py: truncated, damaged or no safetensors file"),
         ({"eps": "2"}, "eps=2 leaves the pixel range [0, 1]; did you mean 2/255?"),
         ({"model": "my_net.py:Nett"}, "no 'Nett' in the file; my_net.py defines Net, Sized, Odd, Spatial, Slip, Pairs"),
-        ({"model": "my_net.py"}, "which network? my_net.py defines Net, Sized, Odd, Spatial, Slip, Pairs; write --model "),
+        ({"model": "my_net.py"}, "which network? my_net.py defines Net, Sized, Odd, Spatial, Slip, Pairs; write "),
         ({"model": "my_nets.py:Net"}, "there is no file my_nets.py (looked for "),
         ({"model": "broken.py:Net"}, "broken.py cannot be imported: ModuleNotFoundError: No module named 'no_such"),
         ({"model": "my_net.py:Sized"}, "Sized() fails (TypeError: "),
