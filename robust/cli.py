@@ -46,6 +46,9 @@ EXIT_CODES = """exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; EXIT_CODES says what it returns."""
+    # A shell's >&- leaves None in their place.
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     options = _parse(arguments)
     code = 0
     keep_freed_memory()

@@ -59,6 +59,8 @@ def posed(
         raise ValueError(f"no Lipschitz constant for distances in {norm!r}; known norms: {', '.join(DUAL)}")
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"x must be a batch [B, ...] of real numbers, got shape {tuple(x.shape)} of {x.dtype}")
+    if not x.numel():
+        raise ValueError(f"x holds no examples: its shape is {tuple(x.shape)}")
     low, high = ball.pixel_range or (-math.inf, math.inf)
     if len(x) and not (low <= float(x.min()) and float(x.max()) <= high):
         raise ValueError(

@@ -25,7 +25,7 @@ from robust.commands.train import _run_name
 from robust.listing import KINDS
 from robust.settings import Settings, load_recipe, recipe_names
 from robust.trainer import train
-from tests.robust.runs import start, stop_once
+from tests.robust.runs import REPOSITORY, start, stop_once
 
 SMALL = (
     "--model cnn3:width=4 --objective ibp --eps 0.03 --epochs 2 --eps-schedule linear:start=0.2,end=1 "
@@ -369,6 +369,14 @@ def test_a_reader_that_closes_early_is_no_error() -> None:
     err = process.stderr.read()
     process.stderr.close()
     assert process.wait(timeout=120) == 0 and err == ""
+
+
+def test_closed_streams_are_no_error() -> None:
+    """`robust methods attacks >&- 2>&-` of a shell, or a service without streams."""
+    command = f"{sys.executable} -m robust methods attacks"
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        done = subprocess.run(["sh", "-c", f"{command} {closed}"], capture_output=True, text=True, cwd=REPOSITORY)
+        assert done.returncode == 0 and "Traceback" not in done.stderr
 
 
 # --- killed for real

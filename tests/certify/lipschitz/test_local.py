@@ -331,6 +331,8 @@ def test_no_point_within_the_certified_radius_changes_the_prediction(ball: Ball)
         ({"method": "bab", "split": "both"}, 'split must be "relu" or "input", got \'both\''),
         ({"method": "exact", "ball": L2Ball(0.1)}, "exact enumerates the cells of a box, not of an l2 ball; use bab"),
         ({"method": "exact", "most": 1}, "more than 1 linear pieces at a time; use bab"),
+        ({"x": torch.zeros(0, 3)}, r"x holds no examples: its shape is \(0, 3\)"),
+        ({"x": torch.zeros(0, 3), "method": "crown"}, "x holds no examples"),
         ({"x": torch.full((2, 3), 7.0)}, r"x has values from 7 to 7, outside the pixel range \[0, 1\]"),
     ],
 )
