@@ -44,6 +44,11 @@ def differentiate(
             inputs = point.detach().requires_grad_()
             logits = forward(model, inputs, precision)
             values = loss(logits, *labels)
+            if not values.requires_grad:
+                raise ValueError(
+                    "the model's logits have no gradient in its input (a detach or no_grad in its forward?); attack it "
+                    "without gradients, as square does"
+                )
             (drawn,) = torch.autograd.grad(values.sum(), inputs)
         total = drawn if samples == 1 else total.add_(drawn, alpha=1 / samples)
     return total, values.detach(), logits.detach()

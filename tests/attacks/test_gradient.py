@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from attacks.gradient import differentiate, measure
@@ -35,3 +36,9 @@ def test_measuring_gives_the_same_values_without_a_gradient(small_net, examples)
     assert not values.requires_grad
     torch.testing.assert_close(values, expected)
     torch.testing.assert_close(logits, expected_logits)
+
+
+def test_a_model_that_cuts_the_gradient_is_named_as_such(small_net, examples):
+    net, x = small_net().requires_grad_(False), examples(3)
+    with pytest.raises(ValueError, match=r"no gradient in its input .* as square does"):
+        differentiate(lambda x: net(x.detach()), cross_entropy, x, (net(x).argmax(1),))
