@@ -13,6 +13,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -45,6 +46,8 @@ class Ball(ABC):
     def __post_init__(self) -> None:
         _check_range(self.pixel_range)
         _check_radius(self.eps)
+        if not isinstance(self.eps, Tensor | int | float):  # such as numpy's numbers and fractions
+            object.__setattr__(self, "eps", float(self.eps))
 
     @abstractmethod
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
@@ -293,6 +296,8 @@ def _check_range(pixel_range: tuple[float, float] | None) -> None:
 
 
 def _check_radius(eps: float | Tensor) -> None:
+    if not isinstance(eps, Tensor | Real):
+        raise ValueError(f"eps must be a number such as 8 / 255 or a tensor, got {eps!r}")
     if isinstance(eps, Tensor) and eps.dim() > 1:
         raise ValueError(f"eps must be one number or one per example [B], got shape {tuple(eps.shape)}")
     valid = bool(((eps >= 0) & (eps < math.inf)).all()) if isinstance(eps, Tensor) else 0 <= eps < math.inf

@@ -261,6 +261,13 @@ def test_a_radius_that_is_no_length_is_refused(ball_type, eps):
         ball_type(eps)
 
 
+@pytest.mark.parametrize("eps", ["8/255", None, [0.1, 0.2]])
+def test_a_radius_that_is_no_number_is_refused(eps):
+    with pytest.raises(ValueError, match="eps must be a number such as 8 / 255 or a tensor, got"):
+        LinfBall(eps)
+    assert LinfBall(Fraction(8, 255)).eps == 8 / 255
+
+
 def test_a_ball_can_be_scaled_and_made_by_name():
     assert LinfBall(0.2).scaled(0.5) == LinfBall(0.1)
     assert make_ball("l2", 0.5) == L2Ball(0.5)
