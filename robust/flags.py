@@ -1,4 +1,4 @@
-"""Flags that commands share: the machine to run on, and counts."""
+"""Flags that commands share: the machine to run on, places of results, and counts."""
 
 from __future__ import annotations
 
@@ -68,3 +68,10 @@ def count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
     return int(text)
+
+
+def output(text: str) -> Path:
+    """A path of results; an empty one, as of a shell's unset variable, would be the present folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty text (is a variable of the shell unset?)")
+    return Path(text)

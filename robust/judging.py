@@ -18,7 +18,7 @@ from robust.dataset import data_root
 from robust.dry_run import dry_judgement, memory_advice
 from robust.eps_curve import EpsCurve, eps_curve
 from robust.evaluate import BLOCK, evaluate
-from robust.flags import add_json, add_machine, count, own_device, usable_device
+from robust.flags import add_json, add_machine, count, output, own_device, usable_device
 from robust.images import Images
 from robust.lipschitz import LIPSCHITZ_FOLDER, Constants
 from robust.nearest_examples import nearest_examples
@@ -38,7 +38,7 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=count, metavar="N", help="images decided and written together (default: the verifier's)"
     )
     parser.add_argument(
-        "--out", type=Path, help="folder of the results (default: one beside the checkpoint, named after the command)"
+        "--out", type=output, help="folder of the results (default: one beside the checkpoint, named after the command)"
     )
     parser.add_argument("--no-curve", action="store_true", help="leave out what is measured for the pictures alone")
     add_machine(parser)

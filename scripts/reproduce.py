@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from robust.allocator import keep_freed_memory
 from robust.cli import USER_ERRORS
-from robust.flags import add_machine, usable_device
+from robust.flags import add_machine, output, usable_device
 from scripts.reproduction.networks import default_folder
 from scripts.reproduction.plan import PLAN, Order, Plan, load_plan, make_plan, plan_text, require_data
 from scripts.reproduction.publish import write_table
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")
     parser.add_argument("--dry-run", action="store_true", help="print the plan with its estimates, and do nothing")
     parser.add_argument("--no-estimate", action="store_true", help="plan without measuring steps")
-    parser.add_argument("--out", type=Path, help="folder (default: runs/reproduce/TABLE with scale and budget)")
+    parser.add_argument("--out", type=output, help="folder (default: runs/reproduce/TABLE with scale and budget)")
     parser.add_argument("--networks", type=Path, help="published networks (default: golden in $ROBUST_REFERENCE)")
     add_machine(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

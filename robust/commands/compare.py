@@ -10,7 +10,7 @@ from typing import Any
 from attacks.attack import ATTACKS
 from robust.comparison import as_text
 from robust.comparison_folder import compare_runs
-from robust.flags import add_json, add_machine, count, usable_device
+from robust.flags import add_json, add_machine, count, output, usable_device
 
 WORDS = "attack best and last weights of runs, side by side"
 EXAMPLES = """examples:
@@ -31,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=count, metavar="N", default=100, help="images decided and written together (default: 100)"
     )
-    parser.add_argument("--out", type=Path, help="folder of the comparison (default: comparison/ in the first run)")
+    parser.add_argument("--out", type=output, help="folder of the comparison (default: comparison/ in the first run)")
     parser.add_argument(
         "--model",
         nargs="+",

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from robust.flags import add_json, add_machine, usable_device
+from robust.flags import add_json, add_machine, output, usable_device
 from robust.masking import MASKING_FILE, check_masking
 from robust.problem import add_problem, images_of, problem
 
@@ -25,7 +24,7 @@ EXAMPLES = """examples:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add_problem(parser)
     parser.add_argument(
-        "--out", type=Path, help="folder of a report to add to (default: attack/ beside the checkpoint)"
+        "--out", type=output, help="folder of a report to add to (default: attack/ beside the checkpoint)"
     )
     add_machine(parser)
     add_json(parser)

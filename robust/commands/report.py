@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from robust.dataset import MissingData
-from robust.flags import add_json
+from robust.flags import add_json, output
 from robust.judged_run import judged_runs, report_folder
 from robust.judging import draw, summary_lines
 from robust.report import Report
@@ -27,7 +27,7 @@ PAGE = "runs.html"
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folder of a report, or of a run with one")
     parser.add_argument(
-        "--out", type=Path, help=f"page of several runs (default: {PAGE} in the folder that holds all of them)"
+        "--out", type=output, help=f"page of several runs (default: {PAGE} in the folder that holds all of them)"
     )
     add_json(parser)
 

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from robust.flags import add_json, add_machine, count, usable_device
+from robust.flags import add_json, add_machine, count, output, usable_device
 from robust.settings import load_recipe
 from robust.sweep import TRIALS, Trial, parse_range, sweep, with_validation
 from robust.sweep_front import as_text, front, write_front
@@ -33,7 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="setting or field of a method, and LOW..HIGH, log:LOW..HIGH or A|B|C",
     )
     parser.add_argument("--trials", type=count, metavar="N", default=20, help="finished trials (default: 20)")
-    parser.add_argument("--out", type=Path, help="folder of the sweep (default: runs/RECIPE_sweep)")
+    parser.add_argument("--out", type=output, help="folder of the sweep (default: runs/RECIPE_sweep)")
     add_machine(parser)
     add_json(parser)
 

@@ -16,7 +16,7 @@ from typing import Any
 from robust.checkpoint import Checkpoint
 from robust.dataset import parse_dataset
 from robust.dry_run import dry_train
-from robust.flags import add_dry_run, add_json, add_machine, own_device, usable_device
+from robust.flags import add_dry_run, add_json, add_machine, output, own_device, usable_device
 from robust.hook import HOOKS
 from robust.hooks.fedavg import FedAvg
 from robust.model import names_file
@@ -39,7 +39,7 @@ A run that was interrupted or killed goes on when the same command is given agai
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="recipe to start from (`robust recipes`), or a TOML file")
-    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE or runs/DATA_OBJECTIVE)")
+    parser.add_argument("--out", type=output, help="folder of the run (default: runs/RECIPE or runs/DATA_OBJECTIVE)")
     add_machine(parser)
     add_dry_run(parser)
     add_json(parser)

@@ -10,7 +10,7 @@ from typing import Any
 
 from certify.formats.vnnlib import Instance
 from robust.files import write_whole
-from robust.flags import add_json, number_of
+from robust.flags import add_json, number_of, output
 from robust.vnncomp import RESULTS, decide, decide_all, facts, result_text
 
 WORDS = "answer VNN-LIB properties of ONNX networks"
@@ -26,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="ONNX file, or a CSV file of instances")
     parser.add_argument("property", type=Path, nargs="?", help="VNN-LIB file")
     parser.add_argument("--timeout", help="seconds for the property (default: no limit); a CSV file has its own")
-    parser.add_argument("--out", type=Path, help="result file, or the folder of a CSV file's results")
+    parser.add_argument("--out", type=output, help="result file, or the folder of a CSV file's results")
     add_json(parser)
 
 

@@ -308,6 +308,13 @@ def test_a_mistake_is_answered_in_one_line_and_leaves_nothing_behind(
     assert sorted(checkpoint.parent.iterdir()) == before
 
 
+@pytest.mark.parametrize("command", ["train", "certify RUN", "report RUN", "compare RUN", "masking RUN", "sweep RUN"])
+def test_an_empty_place_for_results_is_not_the_present_folder(robust: Cli, command: str) -> None:
+    before = sorted(Path().iterdir())
+    refused(robust(*command.split(), "--out", ""), "--out: expected a path, got an empty text")
+    assert sorted(Path().iterdir()) == before
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("command", ["train", "certify"])
 def test_a_gpu_that_is_not_there_is_refused(robust: Cli, checkpoint: Path, command: str) -> None:
