@@ -28,8 +28,11 @@ from robust.plots import NORMS, radius
 from robust.settings import Settings
 from robust.trainer import rehearse
 
-STEPS = 3
-"""Optimiser steps that are timed, and images that are decided, for an estimate."""
+STEPS = 5
+"""Optimiser steps that are timed for an estimate."""
+
+DECIDED = 3
+"""Images that are decided for an estimate."""
 
 COUNTED = 2
 """Images on which unstable neurons are counted, for an estimate of memory."""
@@ -57,7 +60,7 @@ def dry_train(settings: Settings, out: Path, root: Path | None, device: str) -> 
     print(
         f"time: about {duration(seconds)} for {facts['steps']:,} steps of {duration(trial.seconds_per_step)}, measured"
     )
-    print(f"      on {STEPS} steps at the full radius on {device}; validation comes on top")
+    print(f"      on {STEPS} steps spread over the run on {device}; validation comes on top")
     _print_memory(facts)
     print(f"it would write to {out}; nothing was written")
     return facts
@@ -82,7 +85,7 @@ def dry_judgement(
     batch = min(options["batch_size"] or getattr(verifier, "block", BLOCK), count)
     few = {"split": options["split"], "device": options["device"]}
     evaluate(checkpoint, data, ball, verifier, attack, limit=1, **few)  # to warm up
-    timed = range(max(0, count - STEPS), count)
+    timed = range(max(0, count - DECIDED), count)
     started = time.perf_counter()
     evaluate(checkpoint, data, ball, verifier, attack, indices=timed, **few)
     each = (time.perf_counter() - started) / len(timed)

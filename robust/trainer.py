@@ -134,7 +134,7 @@ def train(
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a run is about to do: counts of the whole run, and seconds of a step at the full radius."""
+    """What a run is about to do: counts of the whole run, and mean seconds of a step."""
 
     images: int
     parameters: int
@@ -143,20 +143,23 @@ class Rehearsal:
 
 
 def rehearse(settings: Settings, root: Path | None, device: torch.device, steps: int) -> Rehearsal:
-    """A few steps of the run's end, of which nothing is kept or written; one more goes before to warm up."""
+    """Some steps, spread evenly over the run, of which nothing is kept or written; one more goes before to warm up.
+
+    A step may cost many times more in one part of a run than in another: CROWN-IBP ends as IBP.
+    """
     check_texts(settings)
     run = _Run(settings, Path(), device, root, progress=False, tensorboard=False, save_every=math.inf)
-    run.progress.step = max(0, settings.epochs * run.steps_per_epoch - steps - 1)
     run.model.train()
-    order = run._order(settings.epochs - 1)
+    batch = run._batch_of(run._order(settings.epochs - 1), 0)
+    count = settings.epochs * run.steps_per_epoch
     seconds = []
-    for place in range(min(steps + 1, run.steps_per_epoch)):
+    for number in (0, *range(steps)):
+        run.progress.step = count * (2 * number + 1) // (2 * steps)
         started = time.perf_counter()
-        run._step(run._batch_of(order, place))  # the loss is read, so a GPU has finished
+        run._step(batch)  # the loss is read, so a GPU has finished
         seconds.append(time.perf_counter() - started)
-    timed = seconds[1:] or seconds
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    return Rehearsal(len(run.train_images), parameters, run.steps_per_epoch, sum(timed) / len(timed))
+    return Rehearsal(len(run.train_images), parameters, run.steps_per_epoch, sum(seconds[1:]) / steps)
 
 
 class _Run:

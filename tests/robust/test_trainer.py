@@ -571,3 +571,15 @@ def test_two_hooks_that_average_weights_are_refused(tmp_path: Path) -> None:
     assert {"ema", "swa"} <= set(HOOKS.names())
     with pytest.raises(TrainingError, match="ema and swa both average"):
         train(tiny(hooks=("ema", "swa")), tmp_path, progress=False)
+
+
+def test_a_rehearsal_spreads_its_steps_over_the_run_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places, step = [], trainer._Run._step
+    monkeypatch.setattr(
+        trainer._Run, "_step", lambda run, batch: (places.append(run.progress.step), step(run, batch))[1]
+    )
+    found = trainer.rehearse(tiny(epochs=4, objective="crown_ibp"), None, torch.device("cpu"), 4)
+    count = 4 * found.steps_per_epoch
+    assert places == [count // 8, *(count * share // 8 for share in (1, 3, 5, 7))]
+    assert found.seconds_per_step > 0 and list(tmp_path.iterdir()) == []
