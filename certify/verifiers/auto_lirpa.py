@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from attacks.threat import Ball
+from certify.checks import check_problem, checked_logits
 from certify.constant_arithmetic import without_broadcasts
-from certify.docket import check_problem, checked_logits
 from certify.op import UnsupportedOp
 from certify.precision import exact_arithmetic, proves, rounding_size
 from certify.region import Region

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from attacks.threat import Ball
 from certify.bounds.global_l2 import global_l2
-from certify.docket import Docket, Request, check_problem
+from certify.checks import check_problem
+from certify.docket import Docket, Request
 from certify.graph import Snapshot
 from certify.precision import rounding_at_points
 from certify.region import Region

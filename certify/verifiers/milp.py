@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from attacks.mode import Model
 from attacks.threat import Ball
 from certify.bounds.crown import Boxes, crown, intermediate_boxes
-from certify.docket import NORMS, Docket, Request, check_problem
+from certify.checks import check_problem
+from certify.docket import NORMS, Docket, Request
 from certify.graph import Snapshot
 from certify.interval import Interval
 from certify.leaf import relaxed_minimum
