@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attacks.dense_product import LEAST_WORK, product
 from attacks.input_gradient import Form
 
 # Where there is a gain was measured: scripts/bench/RESULTS.md. With fewer channels or more pixels the sums take too
-# much of the time, with fewer rows, or many pixels of a tile beside the image, the products.
-LEAST_CHANNELS, MOST_PIXELS_PER_CHANNEL = 128, 3
-LEAST_ROWS, LEAST_FILLED = 16, 0.75
+# much of the time, with smaller matrices, or many pixels of a tile beside the image, the products.
+LEAST_CHANNELS, MOST_PIXELS_PER_CHANNEL = 128, 1
+LEAST_FILLED = 0.75
 
 # Up to so many pixels one product with the matrix of the whole image is faster than one each way.
 MOST_PIXELS_AT_ONCE = 16
@@ -69,7 +70,7 @@ def gains(weight: Tensor, form: Form, shape: Sequence[int]) -> bool:
     return (
         channels >= LEAST_CHANNELS
         and pixels <= MOST_PIXELS_PER_CHANNEL * channels
-        and batch * tiles >= LEAST_ROWS
+        and batch * tiles * math.prod(weight.shape[:2]) >= LEAST_WORK
         and pixels >= LEAST_FILLED * tiles * TILE**2
     )
 
@@ -141,33 +142,38 @@ def _of_line(size: int, sums: tuple[tuple[float, ...], ...], first: int) -> Tens
 
 def _transformed(x: Tensor, kernels: Sequence[Tensor], given: Lines, wanted: Lines) -> Tensor:
     """[B, C, H, W] -> [B, K, H, W]: sums of the pixels, products with the kernels [6, C, K], and the products' sums."""
-    sums = _sums(x, *given)
-    products = sums.new_empty(*sums.shape[:-1], kernels[0].shape[2])
-    for across, kernel in enumerate(kernels):
-        for tile in range(sums.shape[1]):
-            torch.bmm(sums[across, tile], kernel, out=products[across, tile])
+    products = []
+    for sums, across in zip(_sums(x, *given), kernels, strict=True):
+        found = sums.new_empty(PRODUCTS, sums.shape[1], across.shape[2])
+        for down in range(PRODUCTS):
+            found[down] = product(sums[down], across[down])
+        products.append(found)
     return _pixels(products, len(x), *wanted)
 
 
-def _sums(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """[B, C, H, W] -> [products, tiles] across, then [products, tiles * B] down, then [C]."""
-    batch, channels, height, width = x.shape
+def _sums(x: Tensor, rows: Tensor, columns: Tensor) -> Sequence[Tensor]:
+    """[B, C, H, W] -> for each of the products across [products down, tiles down * tiles across * B, C]."""
+    _, channels, height, width = x.shape
     if height * width <= MOST_PIXELS_AT_ONCE:
-        sums = torch.kron(columns, rows).unflatten(1, (width, height)).mT.flatten(1) @ x.reshape(-1, height * width).T
-    else:
-        lines = (columns @ x.reshape(-1, width).T).view(len(columns), -1, height)  # [across, B C, H]
-        sums = torch.bmm(rows.expand(len(columns), -1, -1), lines.mT)  # [across, down, B C]
-    return sums.view(PRODUCTS, -1, PRODUCTS, len(rows) // PRODUCTS * batch, channels)
+        sums = product(_at_once(rows, columns), x.reshape(-1, height * width).T)
+        return sums.view(PRODUCTS, PRODUCTS, -1, channels).unbind()
+    lines = product(columns, x.reshape(-1, width).T).view(PRODUCTS, -1, height)  # [across, tiles B C, H]
+    return [product(rows, line.T).view(PRODUCTS, -1, channels) for line in lines]
 
 
-def _pixels(products: Tensor, batch: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """[products, tiles] across, then [products, tiles * B] down, then [K] -> [B, K, H, W]."""
-    channels, height, width = products.shape[-1], rows.shape[1], columns.shape[1]
+def _pixels(products: Sequence[Tensor], batch: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """For each of the products across [products down, tiles down * tiles across * B, K] -> [B, K, H, W]."""
+    channels, height, width = products[0].shape[-1], rows.shape[1], columns.shape[1]
     if height * width <= MOST_PIXELS_AT_ONCE:
-        both = torch.kron(columns, rows).unflatten(1, (width, height)).mT.flatten(1)
-        found = products.view(len(both), -1).T @ both
+        both = _at_once(rows, columns)
+        found = product(torch.stack(list(products)).view(len(both), -1).T, both)
     else:
-        lines = products.view(len(columns), len(rows), -1).mT  # [across, B K, down]
-        lines = torch.bmm(lines, rows.expand(len(columns), -1, -1))  # [across, B K, H]
-        found = lines.view(len(columns), -1).T @ columns
+        lines = torch.stack([product(across.view(len(rows), -1).T, rows) for across in products])
+        found = product(lines.view(len(columns), -1).T, columns)
     return found.view(batch, channels, height, width)
+
+
+def _at_once(rows: Tensor, columns: Tensor) -> Tensor:
+    """What each pixel has to do with each product: [across * down * tiles down * tiles across, H * W]."""
+    down, across = (lines.view(PRODUCTS, -1, lines.shape[1]) for lines in (rows, columns))
+    return torch.einsum("ptw,qsh->pqsthw", across, down).reshape(len(rows) * len(columns), -1)

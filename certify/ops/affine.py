@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attacks.constant_convolution import ConstantConvolution, wants_input_gradient_alone
+from attacks.dense_product import dense, product
 from attacks.input_gradient import Form, input_gradient, way
+from certify.blocks import blocks
 from certify.interval import BallImage, Interval
 from certify.op import RULES, AffineOp, Call, NonNegativeOp, Op, Traced
 
@@ -27,7 +29,7 @@ class Linear(AffineOp):
     def forward(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
         if self.weight.dim() == 2:
-            return F.linear(x, self.weight, self.bias)
+            return dense(x, self.weight, self.bias)
         out = torch.einsum("brn,bn->br", self.weight, x)
         return out if self.bias is None else out + self.bias
 
@@ -56,7 +58,7 @@ class Linear(AffineOp):
 
     def transpose(self, A: Tensor) -> Tensor:
         if self.weight.dim() == 2:
-            return A @ self.weight
+            return product(A.flatten(0, 1), self.weight).unflatten(0, A.shape[:2])
         return torch.einsum("rbm,bmn->rbn", A, self.weight)
 
     def constant(self, A: Tensor) -> Tensor:
@@ -177,8 +179,15 @@ class Scale(AffineOp):
         return (A * self.shift).flatten(2).sum(-1)
 
 
+WEIGHTS = 2**21
+"""Weights of a dense layer whose magnitudes are made at a time, 8 MiB: memory that the process has at hand.
+
+For tensors beyond 32 MiB the system clears new pages every time, which takes longer than what is computed into them.
+"""
+
+
 class _LinearInterval(torch.autograd.Function):
-    """Centre and radius through one dense layer, without keeping |W| alive between forward and backward.
+    """Centre and radius through one dense layer, without ever having all of |W| in memory.
 
     A wide layer (32,768 x 512 in CNN7) holds most of a network's weights, so a saved |W| and separate gradient
     buffers for W and |W| would cost more memory than all activations.
@@ -188,30 +197,29 @@ class _LinearInterval(torch.autograd.Function):
     def forward(ctx: Any, center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(center, radius, weight)
         ctx.has_bias = bias is not None
-        return _dense(center, weight, bias), _dense(radius, weight.abs(), None)
+        return dense(center, weight, bias), _through_magnitudes(radius, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_center, grad_radius = grads
         center, radius, weight = ctx.saved_tensors
-        d_center = grad_center @ weight if ctx.needs_input_grad[0] else None
-        d_radius = grad_radius @ weight.abs() if ctx.needs_input_grad[1] else None
-        d_weight = None
+        d_center = product(grad_center, weight) if ctx.needs_input_grad[0] else None
+        d_radius = d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_radius = torch.zeros_like(radius)
+            for b in blocks(weight, 0, WEIGHTS):
+                d_radius += product(grad_radius[:, b], weight[b].abs())
         if ctx.needs_input_grad[2]:
-            d_weight = grad_radius.T @ radius
-            d_weight.mul_(weight.sign()).addmm_(grad_center.T, center)
+            d_weight = product(grad_center.T, center)
+            for b in blocks(weight, 0, WEIGHTS):
+                d_weight[b].addcmul_(product(grad_radius[:, b].T, radius), weight[b].sign())
         return d_center, d_radius, d_weight, grad_center.sum(0) if ctx.has_bias else None
 
 
-LEAST_ROWS = 32
-
-
-def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`; from some rows on by the transposed product, which is up to a tenth faster with narrow layers."""
-    if len(x) < LEAST_ROWS or x.device.type != "cpu":
-        return F.linear(x, weight, bias)
-    out = weight @ x.T
-    return out.T if bias is None else out.add_(bias.unsqueeze(1)).T
+def _through_magnitudes(radius: Tensor, weight: Tensor) -> Tensor:
+    """`|W| r`, `[B, m]`."""
+    parts = [dense(radius, weight[b].abs()) for b in blocks(weight, 0, WEIGHTS)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class _ConvInterval(torch.autograd.Function):

@@ -63,14 +63,14 @@ def test_a_second_derivative_is_refused_and_not_wrong():
 
 def test_it_gains_with_many_channels_and_few_pixels_and_takes_the_place_of_no_other_convolution():
     form = ((1, 1), (1, 1), (1, 1), 1)
-    wide = torch.empty(256, 128, 3, 3)
-    assert gains(wide, form, (16, 128, 16, 16)) and gains(wide, form, (8, 128, 8, 8))
-    assert not gains(wide, form, (3, 128, 8, 8))  # too few rows
-    assert not gains(wide, form, (16, 128, 32, 32)) and not gains(wide, form, (16, 128, 5, 5))
-    assert not gains(wide.double(), form, (16, 128, 16, 16))
-    assert not gains(wide[:127], form, (16, 128, 16, 16)) and not gains(wide[:, :127], form, (16, 127, 16, 16))
-    assert not gains(torch.empty(128, 128, 1, 3), form, (16, 128, 16, 16))
+    wide, shape = torch.empty(256, 256, 3, 3), (16, 256, 8, 8)
+    assert gains(wide, form, shape) and gains(wide, form, (16, 256, 16, 16))
+    assert not gains(wide, form, (15, 256, 8, 8))  # too small matrices
+    assert not gains(wide, form, (16, 256, 20, 20)) and not gains(wide, form, (32, 256, 5, 5))
+    assert not gains(wide.double(), form, shape)
+    assert not gains(torch.empty(1024, 127, 3, 3), form, shape) and not gains(torch.empty(127, 1024, 3, 3), form, shape)
+    assert not gains(torch.empty(256, 256, 1, 3), form, shape)
     one, two = (1, 1), (2, 2)
     for other in ((two, one, one, 1), (one, (0, 0), one, 1), (one, two, two, 1), (one, one, one, 2)):
-        assert not gains(wide, other, (16, 128, 16, 16))
-    assert not gains(wide.to("meta"), form, (16, 128, 16, 16))
+        assert not gains(wide, other, shape)
+    assert not gains(wide.to("meta"), form, shape)

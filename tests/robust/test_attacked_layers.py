@@ -20,22 +20,22 @@ from robust.views import Views
 def wide_net() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 128, 3, padding=1),
-        nn.BatchNorm2d(128),
+        nn.Conv2d(3, 256, 3, padding=1),
+        nn.BatchNorm2d(256),
         nn.ReLU(),
-        nn.Conv2d(128, 128, 3, padding=1, bias=False),
-        nn.BatchNorm2d(128),
+        nn.Conv2d(256, 256, 3, padding=1, bias=False),
+        nn.BatchNorm2d(256),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(128, 5),
+        nn.Linear(256, 5),
     )
 
 
 def views_of(model: nn.Module) -> Views:
     generator = torch.Generator().manual_seed(1)
-    x = torch.rand(8, 3, 8, 8, generator=generator)
-    return Views(capture(model, x[:1]), x, torch.arange(8) % 5, LinfBall(8 / 255))
+    x = torch.rand(16, 3, 8, 8, generator=generator)
+    return Views(capture(model, x[:1]), x, torch.arange(16) % 5, LinfBall(8 / 255))
 
 
 def input_gradient(network, views: Views) -> Tensor:
@@ -46,15 +46,15 @@ def input_gradient(network, views: Views) -> Tensor:
 
 def test_wide_convolutions_take_fewer_multiplications_where_an_attack_passes_through_them_often():
     ops = [node.op for node in views_of(wide_net()).frozen.nodes[1:]]
-    kinds = [type(layers_for(10, "float32", 8)(op)) for op in ops]
+    kinds = [type(layers_for(10, "float32", 16)(op)) for op in ops]
     assert [type(op) for op in ops[:4]] == [Conv2d, ReLU, Conv2d, ReLU]
     assert kinds[:4] == [Conv2d, ReLU, AttackedConv2d, ReLU]
-    assert AttackedConv2d not in {type(layers_for(1, "float32", 8)(op)) for op in ops}
+    assert AttackedConv2d not in {type(layers_for(1, "float32", 16)(op)) for op in ops}
     assert AttackedConv2d not in {type(layers_for(10, "float32", 2)(op)) for op in ops}
 
 
 def test_a_coarser_arithmetic_has_its_weights_converted_once():
-    ops = [layers_for(10, "bfloat16", 8)(node.op) for node in views_of(wide_net()).frozen.nodes[1:]]
+    ops = [layers_for(10, "bfloat16", 16)(node.op) for node in views_of(wide_net()).frozen.nodes[1:]]
     assert {op.weight.dtype for op in ops if isinstance(op, Conv2d | Linear)} == {torch.bfloat16}
 
 
@@ -68,7 +68,8 @@ def test_logits_and_gradients_are_the_networks_with_any_statistics(monkeypatch):
         assert len(made) == 1
         torch.testing.assert_close(network(views.x), expected(plain.x), rtol=1e-4, atol=1e-5)
         gradient, wanted = input_gradient(network, views), input_gradient(expected, plain)
-        assert (gradient - wanted).abs().max() < 1e-3 * wanted.abs().max()
+        # Not pixel by pixel: a neuron that rounding turns on or off moves the few pixels that it reads.
+        assert (gradient - wanted).norm() < 1e-3 * wanted.norm()
         assert len(made) == 1, "the weights' sums are made once for all passes"
         for mine, theirs in zip(views.graph.model.buffers(), plain.graph.model.buffers(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
