@@ -1,17 +1,14 @@
 """How long a run will take, by a few of its steps on this machine.
 
-Rough on purpose: a training step is measured at the full radius on a few images and counted for all of them, and of a
-verifier with a time limit only the most that it can take is known.
+Rough on purpose: training steps are measured on a few images, spread over the run, and counted for all of them, and of
+a verifier with a time limit only the most that it can take is known.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import tempfile
 import time
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +22,15 @@ from robust.data.subset import Subset
 from robust.dataset import DATASETS, parse_dataset
 from robust.model import MODELS
 from robust.optimizer import OPTIMIZERS
-from robust.run_setup import LOG
 from robust.settings import Settings
-from robust.trainer import train
-from scripts.reproduction.reduce import CLASSES, own_data
+from robust.trainer import rehearse
+from scripts.reproduction.reduce import CLASSES, own_data, with_epochs
 
 ENOUGH = 0.3
 """Seconds of a step that are measured well enough; shorter ones are measured on more images."""
+
+STEPS, EPOCHS = 5, 20
+"""So many steps are measured, of a run in so many epochs: its schedules keep their shares of it."""
 
 FORWARD_SHARE = 1 / 3
 """A query of a black-box attack as a share of a gradient step."""
@@ -58,12 +57,10 @@ def _measured_part(settings: Settings) -> Settings:
     """What decides the cost of a step, and nothing that does not: equal for runs that cost the same."""
     rate = dataclasses.replace(OPTIMIZERS.parse(settings.optimizer), lr=1e-9)
     return dataclasses.replace(
-        settings,
+        with_epochs(settings, EPOCHS),
         data=_shown(settings),
         optimizer=OPTIMIZERS.spell(rate),  # from random weights at the full radius a usual one may diverge
-        eps_schedule="constant",
         lr_schedule="constant",
-        epochs=2,
         hooks=(),
         validation=0.0,
         select="last",
@@ -92,15 +89,12 @@ def seconds_per_image(settings: Settings, device: str) -> float:
 
 
 def _step_seconds(settings: Settings, count: int, device: str) -> float:
-    """Seconds of the trainer's steps on `count` images in its second epoch, of two steps; the first one warms up."""
-    data = dataclasses.replace(parse_dataset(settings.data), train=2 * count, test=10)
+    """Mean seconds of the trainer's steps on `count` images, from the first epoch to the last."""
+    data = dataclasses.replace(parse_dataset(settings.data), train=count, test=10)
     short = dataclasses.replace(
         settings, data=DATASETS.spell(data), batch_size=count, micro_batch=min(settings.micro_batch, count)
     )
-    with tempfile.TemporaryDirectory() as folder:
-        train(short, Path(folder), device=device, progress=False)
-        records = [json.loads(line) for line in (Path(folder) / LOG).read_text().splitlines()]
-    return records[-1]["seconds"] / (records[-1]["step"] - records[-2]["step"])
+    return rehearse(short, None, torch.device(device), STEPS).seconds_per_step
 
 
 def _attack_steps(attack: str, settings: Settings) -> float:

@@ -42,6 +42,9 @@ EPOCH_FIELDS = ("start", "end", "at", "warmup", "start_epoch", "warmup_epochs", 
 SCALED_FROM = (20_000, 2_000)
 """Training and test images of which a scaled run takes its share; larger data sets count as this large."""
 
+LIMIT_FROM, LEAST_LIMIT = 100.0, 0.5
+"""Seconds per image of which a scaled run takes its share, longer limits count as this long; and the least of them."""
+
 LEAST_IMAGES = (200, 20)
 SCALED_SIDE = 64
 """Pixels of images that are larger."""
@@ -198,7 +201,8 @@ def cheaper_judge(verifier: str, attack: str, scale: float) -> tuple[str, str]:
     if verifier:
         method = VERIFIERS.parse(verifier)
         if hasattr(method, "timeout"):
-            verifier = VERIFIERS.spell(dataclasses.replace(method, timeout=max(0.5, method.timeout * scale)))
+            limit = max(LEAST_LIMIT, scale * min(method.timeout, LIMIT_FROM))
+            verifier = VERIFIERS.spell(dataclasses.replace(method, timeout=limit))
     if attack:
         ensemble = ATTACKS.parse(attack)
         if isinstance(ensemble, AutoAttack):

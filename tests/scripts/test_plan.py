@@ -7,7 +7,10 @@ import dataclasses
 import pytest
 
 from certify.verifier import VERIFIERS
+from robust.schedule import SCHEDULES
 from robust.settings import Settings
+from robust.trainer import Rehearsal
+from scripts.reproduction import estimate
 from scripts.reproduction import plan as module
 from scripts.reproduction.estimate import judging_seconds, training_seconds
 from scripts.reproduction.plan import (
@@ -21,6 +24,7 @@ from scripts.reproduction.plan import (
     make_plan,
     plan_text,
 )
+from scripts.reproduction.reduce import with_epochs
 from tests.scripts.tables import job, plan, table
 
 SETTINGS = Settings(model="cnn3:width=2", objective="ibp", epochs=4, batch_size=64)
@@ -51,7 +55,22 @@ def test_estimates_grow_with_images_and_epochs():
     once = training_seconds(SETTINGS, 1000, "cpu")
     assert once > 0
     assert training_seconds(SETTINGS, 3000, "cpu") == pytest.approx(3 * once)
-    assert training_seconds(dataclasses.replace(SETTINGS, epochs=8), 1000, "cpu") == pytest.approx(2 * once)
+    assert training_seconds(with_epochs(SETTINGS, 8), 1000, "cpu") == pytest.approx(2 * once)
+
+
+def test_steps_are_measured_all_over_the_run(monkeypatch):
+    """A CROWN-IBP step at the end of the ramp costs a fraction of one at its beginning."""
+    shown = []
+
+    def rehearsed(settings, root, device, steps):
+        shown.append(settings)
+        return Rehearsal(settings.batch_size, 1, 1, seconds_per_step=3.0)
+
+    monkeypatch.setattr(estimate, "rehearse", rehearsed)
+    settings = dataclasses.replace(SETTINGS, objective="crown_ibp", eps_schedule="smooth:start=1,end=3", batch_size=57)
+    assert training_seconds(settings, 1000, "cpu") == 4 * 1000 * 3.0 / shown[-1].batch_size
+    schedule = SCHEDULES.parse(shown[-1].eps_schedule)
+    assert (schedule.start / shown[-1].epochs, schedule.end / shown[-1].epochs) == (1 / 4, 3 / 4)
 
 
 def test_a_verifier_with_a_time_limit_takes_at_most_that_and_an_attack_counts_its_steps():
