@@ -69,7 +69,7 @@ def test_logits_and_gradients_are_the_networks_with_any_statistics(monkeypatch):
         torch.testing.assert_close(network(views.x), expected(plain.x), rtol=1e-4, atol=1e-5)
         gradient, wanted = input_gradient(network, views), input_gradient(expected, plain)
         # Not pixel by pixel: a neuron that rounding turns on or off moves the few pixels that it reads.
-        assert (gradient - wanted).norm() < 1e-3 * wanted.norm()
+        assert (gradient - wanted).norm() < 5e-3 * wanted.norm()
         assert len(made) == 1, "the weights' sums are made once for all passes"
         for mine, theirs in zip(views.graph.model.buffers(), plain.graph.model.buffers(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
