@@ -49,6 +49,9 @@ class Task:
     owner: Tensor | None = None
     pace: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        self.ball.require_radii(self.x)
+
     def select(self, rows: Tensor) -> Task:
         labels = tuple(label[rows] for label in self.labels)
         owner, pace = (None if part is None else part[rows] for part in (self.owner, self.pace))

@@ -107,6 +107,11 @@ class Ball(ABC):
         """The same threat model with eps multiplied by `factor`, one number or one per example [B]."""
         return self._with(self.eps * factor)
 
+    def require_radii(self, x: Tensor) -> None:
+        """ValueError where there are several radii, and not one for each of the examples [B, ...]."""
+        if isinstance(self.eps, Tensor) and self.eps.dim() and len(self.eps) != len(x):
+            raise ValueError(f"the ball holds {len(self.eps)} radii, the batch {len(x)} examples")
+
     def select(self, index: Tensor | slice) -> Self:
         """The ball of a subset of the examples; itself where one eps serves all of them."""
         return self._with(self.eps[index]) if isinstance(self.eps, Tensor) and self.eps.dim() else self
@@ -121,8 +126,7 @@ class Ball(ABC):
         shape = (-1,) + (1,) * (x.dim() - 1)
         if not isinstance(self.eps, Tensor):
             return torch.full((len(x),), self.eps, dtype=torch.float64, device=x.device).view(shape)
-        if self.eps.dim() and len(self.eps) != len(x):
-            raise ValueError(f"the ball holds {len(self.eps)} radii, the batch {len(x)} examples")
+        self.require_radii(x)
         return self.eps.to(x.device, torch.float64).expand(len(x)).reshape(shape)
 
     def _limits(self, x: Tensor, rounding: Rounding) -> tuple[float, float]:

@@ -10,8 +10,8 @@ A bound is proven for real numbers and computed with rounded ones. Two quantitie
   up. It sees the cancellation between large weights inside the network, which `scale` does not.
 
 A row is proven only if its bound exceeds the shares of both that `ALLOWANCES` states for the precision. The shares are
-calibrated, not proven: on published networks the errors of float32 bounds stay below 5e-6 of `scale` and below 450
-units in the last place (2^-24) of `rounding_size`; float32 is given 20 times the first and 1024 of the second, float64
+calibrated, not proven: on published networks the errors of float32 bounds stay below 8e-6 of `scale` and below 500
+units in the last place (2^-24) of `rounding_size`; float32 is given 12 times the first and 1024 of the second, float64
 more than a thousand times as many units. Whatever falls into the float32 allowance is decided in float64.
 
 What is certified is the network as a function of real numbers, with the weights that it has.

@@ -78,6 +78,7 @@ class CarliniWagner:
     def nearest(self, model: Model, x: Tensor, y: Tensor, ball: Ball) -> Nearest:
         """The nearest misclassified point found for each example, however far; the ball gives the pixel range."""
         require_norm(self, ball)
+        ball.require_radii(x)
         if ball.pixel_range is None:
             raise ValueError("carlini_wagner searches inside a pixel range, and the ball has none")
         with attack_mode(model, self.mode):

@@ -70,6 +70,7 @@ class DeepFool:
     def nearest(self, model: Model, x: Tensor, y: Tensor, ball: Ball) -> Nearest:
         """The misclassified point of each example, however far; the ball gives norm and pixel range."""
         require_norm(self, ball)
+        ball.require_radii(x)
         with attack_mode(model, self.mode):
             model, clean = prepared(model, self.mode, x, self.precision)
             classes, fooled = strongest_targets(clean, y, self.classes - 1), misclassified(clean, y)

@@ -10,6 +10,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from attacks.dense_product import product
+
 SPARSE_BELOW = 0.15
 """Share of non-zeros below which a sparse product is the faster one (scripts/bench/RESULTS.md)."""
 
@@ -30,11 +32,11 @@ class Matrix:
 
     def times(self, v: Tensor) -> Tensor:
         """`W v`, `[m, D]` for `v` `[n, D]`."""
-        return self._rows @ v if self._dense is None else self._dense @ v
+        return self._rows @ v if self._dense is None else product(self._dense, v)
 
     def transposed_times(self, p: Tensor) -> Tensor:
         """`W^T p`, `[n, D]` for `p` `[m, D]`."""
-        return self._columns @ p if self._dense is None else self._dense.T @ p
+        return self._columns @ p if self._dense is None else product(self._dense.T, p)
 
     def top(self, rows: int) -> Matrix:
         """The first rows; they share the memory of a dense matrix."""

@@ -95,6 +95,14 @@ def test_a_radius_per_example_is_respected(case, small_net, examples):
     assert all(exactly_inside(norm, p, q, e) for p, q, e in zip(x_adv, x, radii.tolist(), strict=True))
 
 
+@pytest.mark.parametrize("difference", [-1, 2])
+def test_radii_of_more_or_fewer_examples_are_refused(case, difference, small_net, examples):
+    attack, norm = case
+    net, x, y = problem(small_net, examples)
+    with pytest.raises(ValueError, match=f"holds {len(x) + difference} radii, the batch {len(x)} examples"):
+        attack(net, x, y, make_ball(norm, torch.full((len(x) + difference,), 0.1)))
+
+
 def test_the_same_seed_or_generator_gives_the_same_points_and_the_global_stream_is_not_used(case, small_net, examples):
     attack, norm = case
     net, x, y = problem(small_net, examples)
