@@ -35,11 +35,13 @@ class Request(NamedTuple):
     Attributes:
         wanted: rows that count, bool `[B, R]`; the others are padding and repeat a row that counts.
         enough: whether lower bounds and their scale, each `[B, R]`, prove all rows that count, or the time is up.
+        deadline: reading of time.perf_counter() after which no more work is begun.
         keep: takes bounds of the hidden neurons that later methods may begin with.
     """
 
     wanted: Tensor
     enough: Callable[[Tensor, Tensor], bool]
+    deadline: float = math.inf
     keep: Callable[[Boxes], None] = lambda boxes: None
 
 
@@ -306,7 +308,7 @@ class Docket:
                         node: Box(box.lb[place : place + 1], box.ub[place : place + 1]) for node, box in boxes.items()
                     }
 
-        low, scale = bound(snapshot, region, Request(counts, enough, keep))
+        low, scale = bound(snapshot, region, Request(counts, enough, deadline, keep))
         proven = (proves(low, scale, size) & counts).cpu()
         values = torch.where(low.isnan() | ~counts, -math.inf, low.double()).cpu()
         full = torch.full(asked.shape, -math.inf, dtype=torch.float64).scatter_reduce(1, targets, values, "amax")

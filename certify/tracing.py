@@ -25,7 +25,7 @@ def capture(model: nn.Module, example: Tensor) -> Graph:
 
     Args:
         model: any module whose forward is made of supported layers and functions; it is traced in evaluation mode and
-            left as it was.
+            left as it was. Of what DataParallel and torch.compile have made, the module inside is read.
         example: a batch `[B, *shape]` (B >= 1) on the model's device; its values do not matter.
 
     Raises:
@@ -33,6 +33,9 @@ def capture(model: nn.Module, example: Tensor) -> Graph:
         CaptureError: control flow that depends on values, mixing of examples, or a forward that the graph does not
             reproduce.
     """
+    model = _inside(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("a TorchScript module has no Python forward to read; give the module that it was made from")
     if example.dim() < 2:
         raise CaptureError(f"example must be a batch [B, ...], got shape {tuple(example.shape)}")
     probe = torch.rand((3, *example.shape[1:]), dtype=example.dtype, device=example.device)
@@ -78,8 +81,19 @@ def _noise_of(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
+def _inside(module: nn.Module) -> nn.Module:
+    """The module itself, without what computes the same in another way around it."""
+    while isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(module, "_orig_mod"):
+        module = module._orig_mod if hasattr(module, "_orig_mod") else module.module  # type: ignore[assignment]
+    return module
+
+
 class _Tracer(torch.fx.Tracer):
     """Stops at every module that has a rule or that is a layer of torch.nn, so that messages name layers."""
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        inside = _inside(m)
+        return super().call_module(m, forward, args, kwargs) if inside is m else inside(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return RULES.for_module(m) is not None or super().is_leaf_module(m, module_qualified_name)

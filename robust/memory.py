@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attacks.methods.margin_pgd import MarginPGD
 from attacks.threat import Ball
-from certify.bounds.crown import ROW_BUDGET, Boxes, Rows, bound_rows, intermediate_boxes, loose_mask
+from certify.bounds.crown import Boxes, Rows, bound_rows, intermediate_boxes, loose_mask, row_budget
 from certify.graph import Snapshot
 from certify.op import Activation
 from certify.region import Region
@@ -58,7 +58,7 @@ def readable(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-PASS, CHUNK = 8, 11
+PASS, CHUNK = 8, 13
 """Tensors as large as what is counted that are live at once: of intervals, lower and upper bounds and the op's own
 temporaries; of a chunk of rows, its positive and negative parts, the products, and the branch beside a residual one."""
 
@@ -85,7 +85,8 @@ class Counts:
         sizes: of the value of each node of the graph, by place; the last are the logits.
         slopes: slopes that alpha-CROWN may choose before each place.
         rows: neurons that CROWN bounds by a backward pass of their own, by place.
-        unstable: neurons that this leaves unstable, by place. item: bytes of a number.
+        unstable: neurons that this leaves unstable, by place.
+        item: bytes of a number. budget: numbers in the largest coefficient tensor of a backward pass.
     """
 
     sizes: tuple[int, ...]
@@ -93,6 +94,7 @@ class Counts:
     rows: dict[int, int]
     unstable: dict[int, int]
     item: int
+    budget: int
 
 
 @torch.no_grad()
@@ -122,7 +124,7 @@ def count(model: nn.Module, x: Tensor, ball: Ball, tight: bool = False) -> Count
     sizes = tuple(math.prod(node.shape) for node in snapshot.nodes)
     free = [node.op.free if isinstance(node.op, Activation) else 0 for node in snapshot.nodes]
     slopes = tuple(sum(n * size for n, size in zip(free[:end], sizes, strict=False)) for end in range(len(sizes)))
-    return Counts(sizes, slopes, rows, unstable, x.element_size())
+    return Counts(sizes, slopes, rows, unstable, x.element_size(), row_budget(x.device))
 
 
 def stages(counts: Counts, batch: int, verifier: Any) -> dict[str, int]:
@@ -153,11 +155,13 @@ def _intervals(counts: Counts, batch: int) -> int:
 
 
 def _rows(counts: Counts, batch: int) -> int:
-    """The largest chunk of rows of a backward pass; those of the logits are not cut into chunks."""
-    most = counts.sizes[-1] * batch * max(counts.sizes)
-    for place, rows in counts.rows.items():
-        widest = max(counts.sizes[: place + 1])
-        most = max(most, 2 * min(rows, max(1, ROW_BUDGET // (2 * batch * widest))) * batch * widest)
+    """The largest chunk of rows of a backward pass."""
+    most = 0
+    # Hidden neurons are bounded from both sides.
+    last = len(counts.sizes) - 1
+    for place, rows, sides in ((last, counts.sizes[-1], 1), *((place, n, 2) for place, n in counts.rows.items())):
+        numbers = sides * batch * max(counts.sizes[: place + 1])
+        most = max(most, min(rows, max(1, counts.budget // numbers)) * numbers)
     return max(CHUNK * most * counts.item, _intervals(counts, batch))
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from certify.bab.matrix import SPARSE_BELOW, Chained, Matrix
-from certify.bounds.crown import ROW_BUDGET, Boxes
+from certify.bounds.crown import Boxes, row_budget
 from certify.graph import Node, Snapshot
 from certify.op import Activation, Box, Lines, UnsupportedOp
 from certify.ops.affine import Linear
@@ -256,7 +256,7 @@ class _Builder:
         shape = self.snapshot.nodes[start].shape
         width = math.prod(shape)
         widest = max(math.prod(node.shape) for node in self.snapshot.nodes[: start + 1])
-        step = max(1, ROW_BUDGET // (2 * widest))
+        step = max(1, row_budget(index.device) // (2 * widest))
         weights, biases = [], []
         for some in index.split(step):
             A = torch.zeros(len(some), 1, width, dtype=self.region.center.dtype, device=index.device)

@@ -5,6 +5,9 @@ Also the home of the backward pass that crown_ibp and alpha_crown share.
 
 from __future__ import annotations
 
+import functools
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,8 +24,12 @@ from certify.ops.relu import ReLU
 from certify.ops.reshape import Identity, Permute, Reshape
 from certify.region import Region
 
-ROW_BUDGET = 64 * 2**20
-"""Numbers in the largest coefficient tensor of a backward pass; more rows than fit are done in chunks."""
+ROW_BUDGET, ROW_BUDGET_ON_CPU = 2**26, 2**21
+"""Numbers in the largest coefficient tensor of a backward pass; more rows than fit are done in chunks.
+
+On a CPU memory of this size is at hand when it is asked for again, where the system clears larger tensors every time:
+CROWN is up to three times as fast for it (scripts/bench/RESULTS.md).
+"""
 
 Boxes = dict[int, AnyBox]
 """Bounds of nodes by place; at least of every node that a nonlinear op reads."""
@@ -147,8 +154,17 @@ class Rows:
 RowBounds = Callable[[Snapshot, int, Rows, Boxes, Region], Tensor]
 
 
+def row_budget(device: torch.device) -> int:
+    """Numbers in the largest coefficient tensor on a device."""
+    return ROW_BUDGET_ON_CPU if device.type == "cpu" else ROW_BUDGET
+
+
 def intermediate_boxes(
-    snapshot: Snapshot, region: Region, known: Boxes | None = None, bound: RowBounds | None = None
+    snapshot: Snapshot,
+    region: Region,
+    known: Boxes | None = None,
+    bound: RowBounds | None = None,
+    deadline: float = math.inf,
 ) -> Boxes:
     """CROWN bounds of every node that a nonlinear op reads.
 
@@ -159,8 +175,9 @@ def intermediate_boxes(
     Args:
         known: bounds that hold already, by place; what is found is cut by them.
         bound: what gives the bounds of rows, with the arguments and the result of `bound_rows`, which it is where None.
+        deadline: see `bound_rows`; neurons that it leaves out keep their intervals.
     """
-    needed, bound = set(relaxed_inputs(snapshot)), bound or bound_rows
+    needed, bound = set(relaxed_inputs(snapshot)), bound or functools.partial(bound_rows, deadline=deadline)
     intervals: list[Interval] = [region.interval()]
     boxes: Boxes = {}
     if 0 in needed:
@@ -191,19 +208,37 @@ def loose_mask(snapshot: Snapshot, place: int, box: AnyBox) -> Tensor:
 
 
 def bound_rows(
-    snapshot: Snapshot, place: int, rows: Rows, boxes: Boxes, region: Region, alphas: Alphas | None = None
+    snapshot: Snapshot,
+    place: int,
+    rows: Rows,
+    boxes: Boxes,
+    region: Region,
+    alphas: Alphas | None = None,
+    deadline: float = math.inf,
 ) -> Tensor:
-    """Lower bounds `[2N, B]` of signed unit rows at a node, in chunks that respect ROW_BUDGET."""
+    """Lower bounds `[2N, B]` of signed unit rows at a node, in chunks that respect the row budget.
+
+    Args:
+        deadline: reading of time.perf_counter() after which no chunk is begun; the bounds of its rows are -inf.
+    """
     shape = snapshot.nodes[place].shape
-    widest = max(int(torch.Size(node.shape).numel()) for node in snapshot.nodes[: place + 1])
-    step = max(1, ROW_BUDGET // (2 * rows.index.shape[1] * widest))
+    step = _rows_at_a_time(snapshot, place, 2 * rows.index.shape[1], region)
     found = []
     for begin in range(0, len(rows), step):
         part = rows.chunk(begin, begin + step)
+        if time.perf_counter() >= deadline:
+            found.append(region.center.new_full((2, len(rows) - begin, len(region.center)), -math.inf))
+            break
         A = part.coefficients(shape, region.center.dtype)
         linear = backward(snapshot, place, A, boxes, _chunk(alphas, begin, min(begin + step, len(rows)), len(rows)))
         found.append(region.minimum(linear.A, linear.constant).view(2, len(part), -1))
     return torch.cat(found, 1).flatten(0, 1)
+
+
+def _rows_at_a_time(snapshot: Snapshot, place: int, numbers: int, region: Region) -> int:
+    """Rows at a node that fit into the row budget, where each has so many numbers for every one of a layer."""
+    widest = max(math.prod(node.shape) for node in snapshot.nodes[: place + 1])
+    return max(1, row_budget(region.center.device) // (numbers * widest))
 
 
 def _chunk(alphas: Alphas | None, begin: int, end: int, count: int) -> Alphas | None:
@@ -241,18 +276,34 @@ def _mixes(op: Op) -> bool:
 
 
 def crown(
-    snapshot: Snapshot, region: Region, boxes: Boxes | None = None, alphas: Alphas | None = None
+    snapshot: Snapshot,
+    region: Region,
+    boxes: Boxes | None = None,
+    alphas: Alphas | None = None,
+    deadline: float = math.inf,
 ) -> tuple[Tensor, Tensor]:
     """Lower bounds of all outputs `[B, R]` of a network that ends in its specification, and their scale of rounding.
 
     Args:
         boxes: intermediate bounds; CROWN's own where None.
-        alphas: relaxation parameters for the rows of the outputs; the adaptive choice where None.
+        alphas: relaxation parameters for the outputs, the same for all rows (`[free, 1, B, *shape]`); the adaptive
+            choice where None.
+        deadline: see `bound_rows`.
     """
-    boxes = intermediate_boxes(snapshot, region) if boxes is None else boxes
-    linear = backward(snapshot, len(snapshot.nodes) - 1, output_rows(snapshot, region), boxes, alphas)
-    low = region.minimum(linear.A, linear.constant)
-    return low.T, (region.magnitude(linear.A.detach()) + linear.scale).T
+    boxes = intermediate_boxes(snapshot, region, deadline=deadline) if boxes is None else boxes
+    last, rows = len(snapshot.nodes) - 1, output_rows(snapshot, region)
+    # What is differentiated stays in memory, whatever the chunks.
+    step = len(rows) if torch.is_grad_enabled() else _rows_at_a_time(snapshot, last, rows.shape[1], region)
+    low, scale = [rows.new_zeros(0, rows.shape[1])], [rows.new_zeros(0, rows.shape[1])]
+    for begin in range(0, len(rows), step):
+        if time.perf_counter() >= deadline:
+            low.append(rows.new_full((len(rows) - begin, rows.shape[1]), -math.inf))
+            scale.append(torch.zeros_like(low[-1]))
+            break
+        linear = backward(snapshot, last, rows[begin : begin + step], boxes, alphas)
+        low.append(region.minimum(linear.A, linear.constant))
+        scale.append(region.magnitude(linear.A.detach()) + linear.scale)
+    return torch.cat(low).T, torch.cat(scale).T
 
 
 def zero_slopes(snapshot: Snapshot, boxes: Boxes) -> Alphas:

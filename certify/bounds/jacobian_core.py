@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify.bounds.crown import ROW_BUDGET, Boxes, Rows, intermediate_boxes
+from certify.bounds.crown import Boxes, Rows, intermediate_boxes, row_budget
 from certify.bounds.jacobian import Propagation, exactly, largest, with_norm, with_propagation
 from certify.graph import Snapshot
 from certify.op import Box
@@ -122,7 +122,7 @@ def _bounded(graph: Snapshot, core: Core, place: int, which: Rows, found: Boxes)
     read = core.reads[place]
     # Bounds are asked for at open gates only; their numbers among those.
     columns = torch.searchsorted(read.index, which.index)
-    step = max(1, ROW_BUDGET // (2 * columns.shape[1] * max(1, len(read.products))))
+    step = max(1, row_budget(columns.device) // (2 * columns.shape[1] * max(1, len(read.products))))
     parts = []
     for some in columns.split(step):
         A, constant = read.products.T[some], read.base.T.gather(0, some)

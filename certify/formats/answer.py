@@ -155,7 +155,7 @@ def prove_rows(snapshot: Snapshot, region: Region, rows: Rows, deadline: float) 
             return time.perf_counter() >= deadline or bool(torch.isin(owner, shown).all())
 
         with exact_arithmetic(), torch.no_grad():
-            low, scale = method(ended, region, Request(torch.ones_like(size, dtype=torch.bool), enough))
+            low, scale = method(ended, region, Request(torch.ones_like(size, dtype=torch.bool), enough, deadline))
         best[asked] = torch.maximum(best[asked], torch.where(low[0].isnan(), -math.inf, low[0]))
         proven[asked] |= proves(low, scale, size)[0]
     proofs = Proofs(best, proven, set(rows.owner[proven].tolist()), [])
@@ -178,7 +178,7 @@ def _branch(snapshot: Snapshot, region: Region, rows: Rows, proofs: Proofs, dead
         ended = _with_greatest(snapshot, rows.select(mine))
         with exact_arithmetic(), torch.no_grad():
             if len(mine) == 1 and boxes is None:
-                boxes = intermediate_boxes(ended, region)  # of the hidden neurons, whatever the row
+                boxes = intermediate_boxes(ended, region, deadline=deadline)  # of the hidden neurons, whatever the row
             size = rounding_size(ended, region)[0]
             until = min(deadline, begin + method.timeout)
             known = boxes if len(mine) == 1 else None

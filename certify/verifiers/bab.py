@@ -90,7 +90,7 @@ class BranchAndBound:
             tried = found.domains
         snapshot = without_max_pool(problem.snapshot, region.center.device)
         known = problem.boxes if snapshot is problem.snapshot else None
-        boxes = intermediate_boxes(snapshot, region) if known is None else known
+        boxes = intermediate_boxes(snapshot, region, deadline=problem.deadline) if known is None else known
         if time.perf_counter() > problem.deadline:
             return Finding(problem.known, torch.zeros(len(problem.size), dtype=torch.bool), None, tried, False)
         core = core_of(snapshot, region, boxes)
@@ -102,7 +102,7 @@ class BranchAndBound:
             self.tighten_iterations,
             batch=self.batch,
         )
-        rough, scale = (t[0] for t in crown(snapshot, region, boxes))
+        rough, scale = (t[0] for t in crown(snapshot, region, boxes, deadline=problem.deadline))
         of_scale, of_size = ALLOWANCES[rough.dtype]
         rough = rough - torch.maximum(scale * of_scale, problem.size * of_size)
         low = torch.maximum(problem.known, rough.double().cpu().nan_to_num(nan=-torch.inf))

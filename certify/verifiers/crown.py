@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +17,9 @@ from certify.graph import Snapshot
 from certify.region import Region
 from certify.verdict import Verdict
 from certify.verifier import VERIFIERS, check_fields
+
+HIDDEN_SHARE = 0.75
+"""Of the time that is left, for bounds of hidden neurons: the rest is for the margins that they are made for."""
 
 
 @VERIFIERS.register("crown")
@@ -51,14 +56,15 @@ class CROWN:
 
 def bound(snapshot: Snapshot, region: Region, request: Request) -> tuple[Tensor, Tensor]:
     """The better of both choices of lower lines on CROWN's boxes."""
-    boxes = intermediate_boxes(snapshot, region)
+    now = time.perf_counter()
+    boxes = intermediate_boxes(snapshot, region, deadline=now + HIDDEN_SHARE * (request.deadline - now))
     request.keep(boxes)
-    return best_slopes(snapshot, region, boxes)
+    return best_slopes(snapshot, region, boxes, request.deadline)
 
 
-def best_slopes(snapshot: Snapshot, region: Region, boxes: Boxes) -> tuple[Tensor, Tensor]:
+def best_slopes(snapshot: Snapshot, region: Region, boxes: Boxes, deadline: float = math.inf) -> tuple[Tensor, Tensor]:
     """Of the adaptive lower lines and the zero ones, the better bound of each row, with its scale."""
-    low, scale = crown(snapshot, region, boxes)
-    zero_low, zero_scale = crown(snapshot, region, boxes, zero_slopes(snapshot, boxes))
+    low, scale = crown(snapshot, region, boxes, deadline=deadline)
+    zero_low, zero_scale = crown(snapshot, region, boxes, zero_slopes(snapshot, boxes), deadline)
     better = zero_low > low
     return torch.where(better, zero_low, low), torch.where(better, zero_scale, scale)

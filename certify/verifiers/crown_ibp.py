@@ -50,4 +50,4 @@ class CROWNIBP:
 
 def bound(snapshot: Snapshot, region: Region, request: Request) -> tuple[Tensor, Tensor]:
     """The better of both choices of lower lines on interval boxes."""
-    return best_slopes(snapshot, region, interval_walk(snapshot, region.interval())[1])
+    return best_slopes(snapshot, region, interval_walk(snapshot, region.interval())[1], request.deadline)

@@ -115,13 +115,13 @@ class _Search:
         """Exact minima of the rows less the solver's allowance; -inf for rows that were not reached."""
         dtype = region.center.dtype
         snapshot, region = snapshot.to(torch.float64), region.to(torch.float64)
-        boxes = intermediate_boxes(snapshot, region)
+        boxes = intermediate_boxes(snapshot, region, deadline=self.deadline)
         low = torch.full(request.wanted.shape, -math.inf, dtype=torch.float64)
         if not _is_small(snapshot, boxes, self.neurons):
             return low.to(region.center), low.to(region.center)
         program = Program.of(snapshot, region, boxes)
         allowance = reach(snapshot, region, boxes)[0].cpu().numpy() + DUAL * float((program.ub - program.lb).sum())
-        rough = crown(snapshot, region, boxes)[0][0]
+        rough = crown(snapshot, region, boxes, deadline=self.deadline)[0][0]
         for row in rough.argsort().tolist():
             if not bool(request.wanted[0, row]) or time.perf_counter() >= self.deadline:
                 continue

@@ -110,6 +110,20 @@ def test_a_value_changed_in_place_and_read_again_is_refused_by_name() -> None:
         capture(nn.Sequential(nn.Conv2d(2, 2, 3), layered, nn.Flatten(), nn.Linear(18, 3)), EXAMPLE)
 
 
+def test_what_data_parallel_and_compile_have_made_is_read_inside() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3))
+    parts = nn.Sequential(nn.Identity(), nn.DataParallel(net[:2]), torch.compile(nn.DataParallel(net[2:])))  # type: ignore[arg-type]
+    x = torch.rand(4, *INPUT)
+    for wrapped in (nn.DataParallel(net), torch.compile(net), torch.compile(nn.DataParallel(net)), parts):
+        torch.testing.assert_close(capture(wrapped, EXAMPLE).snapshot()(x), net(x))  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of TorchScript itself
+def test_a_torchscript_module_is_refused_in_words() -> None:
+    with pytest.raises(CaptureError, match="TorchScript module has no Python forward"):
+        capture(torch.jit.trace(nn.Sequential(nn.Flatten(), nn.Linear(50, 3)), EXAMPLE), EXAMPLE)  # type: ignore[arg-type]
+
+
 def test_a_model_with_two_inputs_is_refused() -> None:
     class Two(nn.Module):
         def forward(self, x: Tensor, z: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ def test_memory_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch):
     x = torch.rand(3, *INPUT, dtype=torch.float64)
     whole = local_lipschitz(model, x, LinfBall(0.05), search=QUICK)
     monkeypatch.setattr("certify.lipschitz.linear.NUMBERS", 500)
-    monkeypatch.setattr("certify.bounds.crown.ROW_BUDGET", 2_000)
+    monkeypatch.setattr("certify.bounds.crown.ROW_BUDGET_ON_CPU", 2_000)
     monkeypatch.setattr("certify.lipschitz.search.NUMBERS", 500)
     parts = local_lipschitz(model, x, LinfBall(0.05), search=QUICK)
     assert torch.allclose(whole.ub, parts.ub, rtol=1e-12)
@@ -222,7 +222,7 @@ def test_bounds_by_the_core_are_those_by_the_layers(name: str, norm: str, method
         monkeypatch.setattr("certify.lipschitz.linear.DEAR", dear)
         found.append(local_lipschitz(model, x, LinfBall(0.1), method, spec, norm=norm, search=Search(samples=0)).ub)
     assert torch.allclose(*found, rtol=1e-10, atol=0)
-    monkeypatch.setattr("certify.bounds.jacobian_core.ROW_BUDGET", 30_000)
+    monkeypatch.setattr("certify.bounds.crown.ROW_BUDGET_ON_CPU", 30_000)
     parts = local_lipschitz(model, x, LinfBall(0.1), method, spec, norm=norm, search=Search(samples=0)).ub
     assert torch.allclose(parts, found[1], rtol=1e-12, atol=0)
 
