@@ -54,7 +54,7 @@ def conv(form: str, bias: bool) -> Conv2d:
 
 def gradients(op: Conv2d | Linear, outputs: tuple[Tensor, Tensor], inputs: list[Tensor]) -> list[Tensor]:
     """Gradients of a fixed weighted sum of centres and radii in the inputs and the parameters."""
-    loss = sum((draw(*value.shape, seed=3 + k) * value).sum() for k, value in enumerate(outputs))
+    loss = sum((draw(*value.shape, seed=3 + k).to(value.dtype) * value).sum() for k, value in enumerate(outputs))
     parameters = [op.weight] if op.bias is None else [op.weight, op.bias]
     return list(torch.autograd.grad(loss, inputs + parameters))  # type: ignore[arg-type]
 
@@ -78,9 +78,13 @@ def test_gradients_of_a_convolution_are_those_of_its_centre_and_its_radius(form:
     check(op, op.in_shape)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("pieces", [1, 4])
+@pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-def test_gradients_of_a_dense_layer_are_those_of_its_centre_and_its_radius(rows: int, bias: bool):
+def test_gradients_of_a_dense_layer_are_those_of_its_centre_and_its_radius(
+    rows: int, bias: bool, pieces: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("certify.ops.affine.WEIGHTS", 63 // pieces + 3)
     op = Linear(draw(7, 9, seed=1).requires_grad_(), draw(7, seed=2).requires_grad_() if bias else None)
     center, radius = draw(rows, 9, seed=5).requires_grad_(), draw(rows, 9, seed=6).abs().requires_grad_()
     found = op.interval(Interval(center, radius))
@@ -88,6 +92,19 @@ def test_gradients_of_a_dense_layer_are_those_of_its_centre_and_its_radius(rows:
     torch.testing.assert_close((found.center, found.radius), expected, rtol=0, atol=1e-12)
     ours = gradients(op, (found.center, found.radius), [center, radius])
     torch.testing.assert_close(ours, gradients(op, expected, [center, radius]), rtol=0, atol=1e-12)
+
+
+def test_a_large_dense_layer_in_float32_has_the_values_and_gradients_of_float64(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("certify.ops.affine.WEIGHTS", 50_000)
+    values = draw(50, 500, seed=5), draw(50, 500, seed=6).abs(), draw(300, 500, seed=1), draw(300, seed=2)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        center, radius, weight, bias = (value.to(dtype).requires_grad_() for value in values)
+        op = Linear(weight, bias)
+        out = op.interval(Interval(center, radius))
+        found.append([out.center, out.radius, *gradients(op, (out.center, out.radius), [center, radius])])
+    for single, double in zip(*found, strict=True):
+        assert (single - double).abs().max() < 1e-5 * double.abs().max()
 
 
 @pytest.mark.parametrize("wanted", ["center", "radius", "weight"])
