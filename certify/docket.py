@@ -262,14 +262,15 @@ class Docket:
             )
 
     def _prove(self, index: list[int], bound: BoundMethod, arithmetic: Arithmetic) -> None:
-        asked = ~torch.stack([self.cases[i].proven for i in index])
-        low, proven = self._margins(index, asked, bound, arithmetic, self.x.dtype)
+        asked, deadline = ~torch.stack([self.cases[i].proven for i in index]), self._deadline(index)
+        low, proven = self._margins(index, asked, bound, arithmetic, self.x.dtype, deadline)
         doubtful = asked & ~proven & (low > 0)
         # Dearer arithmetic only where it can decide: an example with a target far from proven stays open anyway.
         decisive = doubtful.any(1) & (proven | doubtful | ~asked).all(1)
         some = decisive.nonzero().flatten().tolist()
         if some and self.x.dtype is not torch.float64 and self._network(torch.float64) is not None:
-            fine, sure = self._margins([index[p] for p in some], doubtful[some], bound, arithmetic, torch.float64)
+            few = [index[p] for p in some]
+            fine, sure = self._margins(few, doubtful[some], bound, arithmetic, torch.float64, deadline)
             low[some] = torch.where(doubtful[some], fine, low[some])
             proven[some] |= sure
             for place, needed in zip(some, sure.any(1).tolist(), strict=True):
@@ -282,7 +283,13 @@ class Docket:
             case.proven = case.proven | proven[place]
 
     def _margins(
-        self, index: list[int], asked: Tensor, bound: BoundMethod, arithmetic: Arithmetic, dtype: torch.dtype
+        self,
+        index: list[int],
+        asked: Tensor,
+        bound: BoundMethod,
+        arithmetic: Arithmetic,
+        dtype: torch.dtype,
+        deadline: float,
     ) -> tuple[Tensor, Tensor]:
         """(lower bounds, whether they prove their margin) of the margins asked for, `[B, K - 1]` on the CPU.
 
@@ -296,7 +303,6 @@ class Docket:
         rows = targets.to(x.device).unsqueeze(2).expand(-1, -1, self.classes)
         snapshot, region = network.with_spec(spec.gather(1, rows)), Region.around(x.to(dtype), ball)
         size, counts = arithmetic(snapshot, region), wanted.to(x.device)
-        deadline = self._deadline(index)
 
         def enough(low: Tensor, scale: Tensor) -> bool:
             return time.perf_counter() >= deadline or bool((proves(low, scale, size) | ~counts).all())

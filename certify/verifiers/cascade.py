@@ -36,7 +36,7 @@ class Cascade:
         attack, long_attack: searches for a witness before and after the bounds; "none" for no search.
         last: branch and bound, whose own timeout does not count here; "none" for alpha-CROWN.
         alpha: alpha-CROWN, where it takes the last place; "none" to leave it out.
-        timeout: seconds per example, looked at between stages and within the last one, which may end a little later.
+        timeout: seconds per example, looked at between stages and within each but intervals; it may end a little later.
         batch_size: examples that the attacks and intervals take at a time; the dearer bounds take fewer.
     """
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from attacks.threat import Ball, L1Ball, L2Ball, LinfBall, make_ball
 from certify.bounds.bound import bound
-from certify.docket import Docket, _padded
+from certify.docket import Docket, Request, _padded
+from certify.graph import Snapshot
 from certify.precision import ALLOWANCES, exact_arithmetic
+from certify.region import Region
 from certify.spec import margin_spec
 from certify.verdict import SoundnessError, Verdict
 from certify.verifier import VERIFIERS
@@ -353,6 +355,21 @@ def test_alpha_crown_stops_when_time_is_up() -> None:
     docket = Docket(model, x, y, LinfBall(0.1), timeout=0.05)
     docket.prove("alpha_crown", AlphaCROWN(iterations=100_000).bound, 64)
     assert len(docket.verdicts("alpha_crown")) == len(x)
+
+
+def test_a_second_look_in_float64_has_no_time_of_its_own() -> None:
+    model, x, y = problem()
+    deadlines: dict[torch.dtype, set[float]] = {}
+
+    def doubtful(snapshot: Snapshot, region: Region, request: Request) -> tuple[Tensor, Tensor]:
+        deadlines.setdefault(region.center.dtype, set()).add(request.deadline)
+        low = torch.full(request.wanted.shape, 1e-9, dtype=region.center.dtype)
+        return low, torch.ones_like(low)
+
+    docket = Docket(model, x, y, LinfBall(0.1), timeout=30.0)
+    docket.prove("doubtful", doubtful, len(x))
+    assert set(deadlines) == {torch.float32, torch.float64}
+    assert deadlines[torch.float32] == deadlines[torch.float64] and len(deadlines[torch.float32]) == 1
 
 
 def test_the_verifiers_are_ordered_by_tightness() -> None:
