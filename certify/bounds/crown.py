@@ -223,16 +223,24 @@ def bound_rows(
     """
     shape = snapshot.nodes[place].shape
     step = _rows_at_a_time(snapshot, place, 2 * rows.index.shape[1], region)
-    found = []
+    found: list[Tensor] = []
     for begin in range(0, len(rows), step):
         part = rows.chunk(begin, begin + step)
-        if time.perf_counter() >= deadline:
+        if _time_is_up(deadline, found):
             found.append(region.center.new_full((2, len(rows) - begin, len(region.center)), -math.inf))
             break
         A = part.coefficients(shape, region.center.dtype)
         linear = backward(snapshot, place, A, boxes, _chunk(alphas, begin, min(begin + step, len(rows)), len(rows)))
         found.append(region.minimum(linear.A, linear.constant).view(2, len(part), -1))
     return torch.cat(found, 1).flatten(0, 1)
+
+
+def _time_is_up(deadline: float, done: list[Tensor]) -> bool:
+    if deadline == math.inf:
+        return False
+    if done:
+        done[-1].flatten()[:1].cpu()  # a GPU is still at work on what it was given
+    return time.perf_counter() >= deadline
 
 
 def _rows_at_a_time(snapshot: Snapshot, place: int, numbers: int, region: Region) -> int:
@@ -296,7 +304,7 @@ def crown(
     step = len(rows) if torch.is_grad_enabled() else _rows_at_a_time(snapshot, last, rows.shape[1], region)
     low, scale = [rows.new_zeros(0, rows.shape[1])], [rows.new_zeros(0, rows.shape[1])]
     for begin in range(0, len(rows), step):
-        if time.perf_counter() >= deadline:
+        if _time_is_up(deadline, low):
             low.append(rows.new_full((len(rows) - begin, rows.shape[1]), -math.inf))
             scale.append(torch.zeros_like(low[-1]))
             break
