@@ -46,6 +46,9 @@ LIMIT_FROM, LEAST_LIMIT = 100.0, 0.5
 """Seconds per image of which a scaled run takes its share, longer limits count as this long; and the least of them."""
 
 LEAST_IMAGES = (200, 20)
+HELD_OUT_OF_A_CLASS = 2
+"""Images for validation, where there are some: by its share of a whole data set, classes of a part would have none."""
+
 SCALED_SIDE = 64
 """Pixels of images that are larger."""
 
@@ -123,8 +126,14 @@ def scaled(settings: Settings, scale: float, root: Path | None) -> tuple[Setting
     def narrower(kind: str, method: Any) -> Any:
         return part if kind == "data" else narrow(method, math.sqrt(scale)) if kind == "model" else method
 
+    taken = own_data(part)
+    classes = CLASSES.get(DATASETS.name_of(taken.data), 10) if isinstance(taken, Subset) else 10
+    held_out = max(settings.validation, min(0.5, HELD_OUT_OF_A_CLASS * classes / counts["train"]))
     changed = dataclasses.replace(
-        with_methods(shorter, narrower), batch_size=batch_size, micro_batch=min(settings.micro_batch, batch_size)
+        with_methods(shorter, narrower),
+        batch_size=batch_size,
+        micro_batch=min(settings.micro_batch, batch_size),
+        validation=held_out if settings.validation else 0.0,
     )
     words = [f"scale {scale:g}: {counts['train']} training and {counts['test']} test images, {epochs} epochs"]
     if changed.model != settings.model:

@@ -72,6 +72,16 @@ def test_a_data_set_at_hand_is_taken_in_part_and_not_stood_in_for(tmp_path):
     assert small.data.startswith("subset:train=287") and not any("STAND-IN" in word for word in words)
 
 
+@pytest.mark.parametrize("scale", [0.14, 0.5])
+def test_what_is_held_out_of_a_scaled_run_has_images_of_every_class(scale, tmp_path):
+    whole = dataclasses.replace(load_recipe("digits_sabr").settings, validation=0.01)
+    small, _ = scaled(whole, scale, tmp_path)
+    held_out = parse_dataset(small.data)(tmp_path).split(small.validation, 0).test
+    assert set(held_out.labels.tolist()) == set(range(10)) and len(held_out) < 40
+    assert scaled(dataclasses.replace(whole, validation=0.0), scale, tmp_path)[0].validation == 0
+    assert scaled(dataclasses.replace(whole, validation=0.2), scale, tmp_path)[0].validation == 0.2
+
+
 def test_images_are_counted_without_reading_any():
     settings = load_recipe("cifar10_8_255_wang2023_wrn28").settings
     assert image_counts(settings) == (round(49_000 / 0.3), 10_000)
