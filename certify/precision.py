@@ -127,4 +127,16 @@ def _precision_settings() -> list[tuple[object, str, object]]:
         mkldnn: Any = backends.mkldnn
         owners = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv)
         return [(owner, "fp32_precision", "ieee") for owner in owners]
-    return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
+    return [(_OldSwitch(), "matmul", "highest"), (backends.cudnn, "allow_tf32", False)]
+
+
+class _OldSwitch:
+    """The one switch for products of older versions: read as `allow_tf32` it would come back from medium as high."""
+
+    @property
+    def matmul(self) -> str:
+        return torch.get_float32_matmul_precision()
+
+    @matmul.setter
+    def matmul(self, value: str) -> None:
+        torch.set_float32_matmul_precision(value)
