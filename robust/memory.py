@@ -58,7 +58,7 @@ def readable(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-PASS, CHUNK = 8, 13
+PASS, CHUNK = 8, 16
 """Tensors as large as what is counted that are live at once: of intervals, lower and upper bounds and the op's own
 temporaries; of a chunk of rows, its positive and negative parts, the products, and the branch beside a residual one."""
 

@@ -88,7 +88,7 @@ def test_an_estimate_is_of_the_size_of_what_a_process_takes(name: str, verifier:
     assert found["tight"] < 4 * found["taken"], f"an estimate that is too large frightens: {found}"
 
 
-SMALL = Counts((100, 400, 400, 200, 200, 10), (0, 0, 0, 400, 400, 600), {3: 60}, {1: 300, 3: 60}, 4, ROW_BUDGET)
+SMALL = Counts((100, 400, 400, 200, 200, 10), (0, 0, 0, 600, 600, 800), {3: 60}, {1: 300, 3: 60}, 4, ROW_BUDGET)
 
 
 def needed(counts: Counts, batch: int, verifier: str) -> dict[str, int]:
@@ -122,7 +122,7 @@ def test_estimates_follow_rows_slopes_children_and_batches() -> None:
     assert needed(SMALL, 900, "ibp") == needed(SMALL, 256, "ibp"), "the verifier's own batch is smaller"
     more = dataclasses.replace(SMALL, unstable={1: 300, 3: 160})
     slopes = [needed(c, 2, "alpha_crown")["alpha_crown"] for c in (SMALL, more)]
-    assert slopes[1] - slopes[0] == pytest.approx(12 * 2 * (2 * 100) * 400 * 4)
+    assert slopes[1] - slopes[0] == pytest.approx(12 * 2 * (2 * 100) * 600 * 4)
     assert needed(SMALL, 2, "alpha_crown:optimise_intermediate=false")["alpha_crown"] < slopes[0] / 5
     children = [needed(SMALL, 20, f"bab:batch={n}")["bab"] for n in (128, 1024)]
     assert children[0] < children[1] < 8 * children[0]
