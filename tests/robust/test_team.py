@@ -40,6 +40,8 @@ MemoryImages.batch = lambda self, index, device="cpu": (lambda x, y: (x.double()
 team = Team.join("cpu")
 for name, changes in json.loads(Path(sys.argv[1]).read_text()).items():
     train(Settings.from_dict(changes), Path(sys.argv[2]) / name, progress=False, team=team)
+if team is not None:
+    team.leave()  # threads of connections that are not ended may abort the process at its end
 """
 
 TRADES = "trades:attack=(pgd:steps=2,step_size=0.5,start=gaussian,loss=kl,keep=last,mode=keep)"
