@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class FedAvg:
                     "each with data and a folder of its own"
                 )
             dist.init_process_group()
+            atexit.register(dist.destroy_process_group)  # threads left at its end may abort the process
         for tensor in _shared(run.model):
             dist.broadcast(tensor, src=0)
         return _Active(self, run)

@@ -56,6 +56,7 @@ assert float(model.weight) == 0.75 * 2 + 0.25 * 3
 
 settings = tiny(objective="pgd:attack=(fgsm:mode=keep)", hooks=("fedavg",), seed=rank, epochs=1, batch_size=650)
 train(settings, out / str(rank), progress=False)
+dist.destroy_process_group()
 """
 
 
