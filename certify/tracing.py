@@ -82,10 +82,20 @@ def _noise_of(device: torch.device) -> list[Tensor]:
 
 
 def _inside(module: nn.Module) -> nn.Module:
-    """The module itself, without what computes the same in another way around it."""
-    while isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(module, "_orig_mod"):
-        module = module._orig_mod if hasattr(module, "_orig_mod") else module.module  # type: ignore[assignment]
-    return module
+    """The module itself, without what computes the same in another way around it.
+
+    What is read inside is also what the graph is compared with, so only torch's own wrappers count: none of a subclass,
+    of a hook, or of a forward that was put in the place of theirs.
+    """
+    while True:
+        if module._forward_hooks or module._forward_pre_hooks:
+            return module
+        if type(module) in (nn.DataParallel, nn.parallel.DistributedDataParallel) and "forward" not in vars(module):
+            module = module.module  # type: ignore[assignment]
+        elif (type(module).__module__, type(module).__name__) == ("torch._dynamo.eval_frame", "OptimizedModule"):
+            module = module._orig_mod  # type: ignore[assignment]
+        else:
+            return module
 
 
 class _Tracer(torch.fx.Tracer):

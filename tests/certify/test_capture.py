@@ -118,6 +118,46 @@ def test_what_data_parallel_and_compile_have_made_is_read_inside() -> None:
         torch.testing.assert_close(capture(wrapped, EXAMPLE).snapshot()(x), net(x))  # type: ignore[arg-type]
 
 
+class Doubled(nn.DataParallel):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * self.module(x)
+
+
+class Named(nn.Module):
+    """Has what torch.compile calls a model's original, and computes something else."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self._orig_mod(x)
+
+
+def test_what_only_looks_like_a_wrapper_is_not_read_inside() -> None:
+    """A graph of the module inside would certify another function, and nothing behind it could notice."""
+    net = nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3))
+    hooked, patched, compiled = nn.DataParallel(net), nn.DataParallel(net), torch.compile(net)
+    hooked.register_forward_hook(lambda module, inputs, output: 2 * output)
+    compiled.register_forward_hook(lambda module, inputs, output: 2 * output)  # type: ignore[attr-defined]
+    patched.forward = lambda x: 2 * net(x)  # type: ignore[method-assign]
+    x = torch.rand(4, *INPUT)
+    for model in (
+        Doubled(net),
+        Named(net),
+        hooked,
+        patched,
+        compiled,
+        nn.Sequential(Named(net)),
+        nn.Sequential(hooked),
+    ):
+        try:
+            graph = capture(model, EXAMPLE)  # type: ignore[arg-type]
+        except (CaptureError, UnsupportedOp):
+            continue
+        torch.testing.assert_close(graph.snapshot()(x), 2 * net(x))
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of TorchScript itself
 def test_a_torchscript_module_is_refused_in_words() -> None:
     with pytest.raises(CaptureError, match="TorchScript module has no Python forward"):
