@@ -52,10 +52,16 @@ class FedAvg:
                     "each with data and a folder of its own"
                 )
             dist.init_process_group()
-            atexit.register(dist.destroy_process_group)  # threads left at its end may abort the process
+            atexit.register(_leave)
         for tensor in _shared(run.model):
             dist.broadcast(tensor, src=0)
         return _Active(self, run)
+
+
+def _leave() -> None:
+    """End the connections: their threads may abort a process that ends before them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class _Active(Active):
