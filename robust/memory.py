@@ -73,8 +73,10 @@ CORE, COLUMNS, OPEN = 2, 75, 4
 """Of branch and bound on N unstable neurons: copies of its matrices, columns `[N]` for each child of a batch (branching
 tries several splits of each), and columns for each neuron: open domains, and what tightening remembers.
 
-All were measured with tests/robust/test_memory.py on a CPU, for bounds in float32: the estimates are 1 to 4 times what
-was taken. The few examples that rounding leaves in doubt are bounded again in float64, in rows of twice the size."""
+All were measured with tests/robust/test_memory.py on a CPU, for bounds in float32 (backward passes in the row budget of
+other devices): the estimates are 1 to 4 times what was taken. In a CPU's own row budget chunks are so small that what a
+process takes beside them counts more: 30 to 430 MB in all, where 134 are estimated. The few examples that rounding
+leaves in doubt are bounded again in float64, in rows of twice the size."""
 
 
 @dataclass(frozen=True)
