@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from attacks.threat import L2Ball, LinfBall
+from certify.affine_intervals import LinearInterval
 from certify.bounds.bound import bound
-from certify.ops.affine import _LinearInterval
 from certify.ops.relu import _ReLUInterval
 from certify.spec import margin_spec
 from certify.tracing import capture
@@ -60,9 +60,9 @@ def test_the_interval_rule_of_a_dense_layer_has_the_gradient_of_its_formula(has_
         torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
         for shape in ((3, 4), (3, 4), (2, 4), (2,))
     )
-    assert torch.autograd.gradcheck(_LinearInterval.apply, (center, radius, weight, bias if has_bias else None))
+    assert torch.autograd.gradcheck(LinearInterval.apply, (center, radius, weight, bias if has_bias else None))
     frozen = weight.detach()
-    assert torch.autograd.gradcheck(lambda c, r: _LinearInterval.apply(c, r, frozen, None), (center, radius))
+    assert torch.autograd.gradcheck(lambda c, r: LinearInterval.apply(c, r, frozen, None), (center, radius))
 
 
 def test_a_bound_without_unstable_neurons_gives_no_nan_gradient() -> None:

@@ -84,7 +84,7 @@ def test_gradients_of_a_convolution_are_those_of_its_centre_and_its_radius(form:
 def test_gradients_of_a_dense_layer_are_those_of_its_centre_and_its_radius(
     rows: int, bias: bool, pieces: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("certify.ops.affine.WEIGHTS", 63 // pieces + 3)
+    monkeypatch.setattr("certify.affine_intervals.WEIGHTS", 63 // pieces + 3)
     op = Linear(draw(7, 9, seed=1).requires_grad_(), draw(7, seed=2).requires_grad_() if bias else None)
     center, radius = draw(rows, 9, seed=5).requires_grad_(), draw(rows, 9, seed=6).abs().requires_grad_()
     found = op.interval(Interval(center, radius))
@@ -95,7 +95,7 @@ def test_gradients_of_a_dense_layer_are_those_of_its_centre_and_its_radius(
 
 
 def test_a_large_dense_layer_in_float32_has_the_values_and_gradients_of_float64(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("certify.ops.affine.WEIGHTS", 50_000)
+    monkeypatch.setattr("certify.affine_intervals.WEIGHTS", 50_000)
     values = draw(50, 500, seed=5), draw(50, 500, seed=6).abs(), draw(300, 500, seed=1), draw(300, seed=2)
     found = []
     for dtype in (torch.float32, torch.float64):
