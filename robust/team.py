@@ -9,6 +9,8 @@ first process decides for all.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,6 +23,26 @@ from torch import Tensor, nn
 from certify.all_reduce import summed
 
 Shared = TypeVar("Shared")
+
+
+def connect(backend: str | None = None) -> None:
+    """Make the process group of the processes that torchrun started; it ends with this process at the latest."""
+    # Read before there is a group: its functions have that of the moment as a default, and would hold it for good.
+    import torch.distributed.nn  # noqa: F401
+
+    dist.init_process_group(backend)
+    atexit.register(disconnect)
+
+
+def disconnect() -> None:
+    """End the process group, if there is one, with its threads.
+
+    A thread of gloo lets go of the tensors of the last message when it comes to it; where the interpreter is ending by
+    then, it aborts the process. Threads end when nothing refers to the group any more.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        gc.collect()
 
 
 @dataclass(frozen=True)
@@ -52,7 +74,6 @@ class Team:
 
     rank: int
     size: int
-    group: dist.ProcessGroup
 
     @classmethod
     def join(cls, device: str) -> Team | None:
@@ -62,15 +83,20 @@ class Team:
         if torch.device(device).type == "cuda":
             torch.cuda.set_device(device)
         # Both backends: decisions and saved states are exchanged from the CPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo")
-        group = dist.group.WORLD
-        assert group is not None
-        return cls(dist.get_rank(), dist.get_world_size(), group)
+        connect("cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size())
 
     def leave(self) -> None:
         """End the connections, when all have come to it; the last call."""
         dist.barrier(self.group)
-        dist.destroy_process_group()
+        disconnect()
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The connections; not kept here, for their threads live as long as the group does."""
+        group = dist.group.WORLD
+        assert group is not None
+        return group
 
     @property
     def leads(self) -> bool:

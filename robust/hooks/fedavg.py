@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from robust.active import Active, Moment, RunFacts
 from robust.hook import HOOKS
+from robust.team import connect
 
 
 @HOOKS.register("fedavg")
@@ -51,17 +51,10 @@ class FedAvg:
                     "fedavg needs the processes of its clients: torchrun --nproc-per-node=N --no-python robust train, "
                     "each with data and a folder of its own"
                 )
-            dist.init_process_group()
-            atexit.register(_leave)
+            connect()
         for tensor in _shared(run.model):
             dist.broadcast(tensor, src=0)
         return _Active(self, run)
-
-
-def _leave() -> None:
-    """End the connections: their threads may abort a process that ends before them."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 class _Active(Active):

@@ -33,6 +33,23 @@ train(Settings.from_dict(json.loads(sys.argv[1])), Path(sys.argv[2]), progress=F
 """
 
 
+def environment() -> dict[str, str]:
+    """For processes that run this checkout, on one thread each."""
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(*arguments: str, processes: int = 2) -> list[str]:
+    """A command line that starts several processes of one training."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*command, *arguments]
+
+
+def gloo_threads() -> list[str]:
+    """Threads of this process that send for torch.distributed; Linux names them."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
 def tiny(**changes: Any) -> Settings:
     """Settings of a run of a second or two, with BatchNorm and a ramp that ends before the run does."""
     chosen: dict[str, Any] = {

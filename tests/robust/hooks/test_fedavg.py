@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,23 +11,22 @@ import torch
 
 from robust.hooks.fedavg import FedAvg
 from robust.run_setup import CHECKPOINT
-from tests.robust.runs import REPOSITORY, weights
+from tests.robust.runs import environment, torchrun, weights
 
 CLIENT = """
-import sys
+import os, sys
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-import torch.distributed as dist
 from torch import nn
 from robust.active import Moment
 from robust.hooks.fedavg import FedAvg, average_over_clients
+from robust.team import disconnect
 from robust.trainer import train
-from tests.robust.runs import tiny
+from tests.robust.runs import gloo_threads, tiny
 
 torch.set_num_threads(1)
-rank, out = int(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
+rank, out = int(os.environ["RANK"]), Path(sys.argv[1])
 
 model = nn.BatchNorm1d(1)
 with torch.no_grad():
@@ -56,22 +53,20 @@ assert float(model.weight) == 0.75 * 2 + 0.25 * 3
 
 settings = tiny(objective="pgd:attack=(fgsm:mode=keep)", hooks=("fedavg",), seed=rank, epochs=1, batch_size=650)
 train(settings, out / str(rank), progress=False)
-dist.destroy_process_group()
+assert gloo_threads() or sys.platform != "linux"
+del active
+disconnect()
+assert gloo_threads() == []
 """
 
 
 @pytest.mark.slow
 def test_two_clients_of_different_seeds_end_with_the_mean_of_their_weights(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    clients = [
-        subprocess.Popen(
-            [sys.executable, "-c", CLIENT, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    for client in clients:
-        _, errors = client.communicate(timeout=400)
-        assert client.returncode == 0, errors
+    script = tmp_path / "client.py"
+    script.write_text(CLIENT)
+    clients = torchrun(str(script), str(tmp_path))
+    done = subprocess.run(clients, env=environment(), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
     first, second = (weights(tmp_path / str(rank)) for rank in range(2))
     assert first.keys() == second.keys()
     for name, value in first.items():
