@@ -26,6 +26,7 @@ from robust import commands as folder
 from robust.allocator import keep_freed_memory
 from robust.crew import CrewError
 from robust.files import FileInUse, encode
+from robust.interruption import termination_interrupts
 from robust.run_setup import TrainingError
 
 USER_ERRORS = (ValueError, OSError, TrainingError, FileInUse, CrewError)
@@ -53,13 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code = 0
     keep_freed_memory()
     try:
-        if getattr(options, "json", False):
-            with contextlib.redirect_stdout(sys.stderr):
+        with termination_interrupts():
+            if getattr(options, "json", False):
+                with contextlib.redirect_stdout(sys.stderr):
+                    result = options.run(options)
+                if result:  # nothing from the processes of torchrun that do not lead
+                    print(encode(result))
+            else:
                 result = options.run(options)
-            if result:  # nothing from the processes of torchrun that do not lead
-                print(encode(result))
-        else:
-            result = options.run(options)
         code = 1 if isinstance(result, Mapping) and result.get("failed") else 0
         sys.stdout.flush()
     except BrokenPipeError:

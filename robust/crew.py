@@ -8,12 +8,13 @@ depend on nothing but its number.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store
@@ -52,7 +53,8 @@ class Crew:
         self._finished: set[int] = set()
         self._failure: BaseException | None = None
         self._ended = threading.Event()
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._pulse = threading.Thread(target=self._beat, daemon=True)
+        self._pulse.start()
 
     @classmethod
     def join(cls, task: str = "") -> Crew | None:
@@ -64,26 +66,33 @@ class Crew:
             return None
         store, rank, size = next(iter(rendezvous("env://")))
         # torchrun may keep its store when it restarts its processes; what the former ones left there is of no use.
-        return cls(PrefixStore(f"crew/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{task}", store), rank, size)
+        crew = cls(PrefixStore(f"crew/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{task}", store), rank, size)
+        atexit.register(crew._end)
+        return crew
 
     def lead(
-        self, header: dict[str, Any], todo: Sequence[int], decide: Callable[[int], Records]
-    ) -> Iterator[tuple[int, Records]]:
-        """Rank 0: hand out the blocks `todo`, decide some of them beside this loop, and yield each as it is decided."""
+        self,
+        header: dict[str, Any],
+        todo: Sequence[int],
+        decide: Callable[[int], Records],
+        accept: Callable[[Records], None],
+    ) -> None:
+        """Rank 0: hand out the blocks `todo`, and decide some of them.
+
+        A thread beside this one gives the rows of each block to `accept` as soon as some rank has decided it.
+        """
         self._store.set("plan", json.dumps({"header": header, "todo": list(todo)}))
-        worker = threading.Thread(target=self._guarded, args=(todo, decide), daemon=True)
-        worker.start()
-        left = list(todo)
-        while left:
-            ready = [number for number in left if self._is_finished(number)]
-            for number in ready:
-                left.remove(number)
-                yield number, json.loads(self._store.get(_rows(number)))
-            if self._failure is not None:
-                raise self._failure
-            if not ready:
-                time.sleep(POLL)
-        worker.join()
+        halted = threading.Event()
+        collector = threading.Thread(target=self._collect, args=(todo, accept, halted))
+        collector.start()
+        try:
+            self._work(todo, decide)
+        except BaseException:
+            halted.set()
+            raise
+        finally:
+            collector.join()
+        self._raise_failure()
 
     def follow(self, header: dict[str, Any], decide: Callable[[int], Records]) -> Records:
         """Other ranks: decide blocks until none is left; the rows of the whole report, from rank 0.
@@ -104,7 +113,7 @@ class Crew:
                 "rank 0, which writes the report, is gone; the same command goes on where it stopped"
             ) from error
         finally:
-            self._ended.set()
+            self._end()
         return rows
 
     def dismiss(self, rows: Records) -> None:
@@ -114,17 +123,37 @@ class Crew:
         while waiting:
             waiting = {r for r in waiting if not self._store.check([f"bye/{r}"]) and not self._is_lost(self._member(r))}
             time.sleep(POLL)
-        self._ended.set()
+        self._end()
 
-    def _guarded(self, todo: Sequence[int], decide: Callable[[int], Records]) -> None:
+    def _end(self) -> None:
+        """Stop the pulse: a thread that comes back from native code while the interpreter ends aborts the process."""
+        self._ended.set()
+        self._pulse.join(LOST_AFTER)
+
+    def _collect(self, todo: Sequence[int], accept: Callable[[Records], None], halted: threading.Event) -> None:
         try:
-            self._work(todo, decide)
+            left = list(todo)
+            while left:
+                last = halted.is_set()
+                ready = [number for number in left if self._is_finished(number)]
+                for number in ready:
+                    left.remove(number)
+                    accept(json.loads(self._store.get(_rows(number))))
+                if last:
+                    return
+                if not ready:
+                    halted.wait(POLL)
         except BaseException as error:
             self._failure = error
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def _work(self, todo: Sequence[int], decide: Callable[[int], Records]) -> None:
         while (number := self._claim(todo)) is not None:
             self._store.set(_rows(number), json.dumps(decide(number)))
+            self._raise_failure()
 
     def _claim(self, todo: Sequence[int]) -> int | None:
         """The next block for this rank, waiting for those of others that may yet be lost; None when all are done."""
@@ -132,6 +161,7 @@ class Crew:
             if self._take(todo[ticket], ""):
                 return todo[ticket]
         while left := [number for number in todo if not self._is_finished(number)]:
+            self._raise_failure()
             for number in left:
                 owner = self._store.get(_owner(number)).decode() if self._store.check([_owner(number)]) else ""
                 if (not owner or self._is_lost(owner)) and self._take(number, owner):

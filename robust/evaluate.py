@@ -131,17 +131,18 @@ def evaluate(
             shared = {name: value for name, value in header.items() if name not in ("started", "device")}
             return Report(header, tuple(map(read_row, crew.follow(_json(shared), records))))
         with record, _bar(len(chosen), len(record.rows), progress) as bar:
-            source: Iterator[tuple[int, list[Row]]]
-            if crew is None:
-                source = ((block, decided(block)) for block in record.todo())
-            else:
-                led = crew.lead(_json(header), record.todo(), records)
-                source = ((block, [read_row(row) for row in rows]) for block, rows in led)
-            _count(bar, record.rows)
-            for _, rows in source:
+
+            def keep(rows: list[Row]) -> None:
                 record.append(rows)
                 _count(bar, record.rows)
                 bar.update(len(rows))
+
+            _count(bar, record.rows)
+            if crew is None:
+                for block in record.todo():
+                    keep(decided(block))
+            else:
+                crew.lead(_json(header), record.todo(), records, lambda rows: keep([read_row(row) for row in rows]))
             report = record.finished()
         if crew is not None:
             crew.dismiss([dataclasses.asdict(row) for row in report.rows])

@@ -93,12 +93,9 @@ def lead_jobs(plan: Plan, rows: Sequence[str], out: Path, machine: Machine, each
     left = left_of(plan, rows, out)
     trainers = _crew("train")
     numbers = [plan.jobs.index(job) for job in left]
-    failures = [
-        record["failure"]
-        for _, records in trainers.lead({}, numbers, lambda number: _trained(plan.jobs[number], number, out, machine))
-        for record in records
-        if record["failure"]
-    ]
+    trained: list[dict[str, Any]] = []
+    trainers.lead({}, numbers, lambda number: _trained(plan.jobs[number], number, out, machine), trained.extend)
+    failures = [record["failure"] for record in trained if record["failure"]]
     to_judge = [{"number": number} for number in numbers if (out / plan.jobs[number].folder / CHECKPOINT).exists()]
     to_judge += [{"number": number} for number in numbers if plan.jobs[number].settings is None]
     trainers.dismiss(to_judge)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,20 @@ def join(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], Crew]
 
     yield make
     for crew in crews:
-        crew._ended.set()
-    time.sleep(2 * crew_module.BEAT)
+        crew._end()
 
 
 def rows_of(number: int) -> Records:
     return [{"index": 10 * number + k} for k in range(2)]
+
+
+def led(
+    leader: Crew, todo: Sequence[int], decide: Callable[[int], Records], header: dict[str, Any] = HEADER
+) -> dict[int, Records]:
+    """What a leader was given, by number of the block; rows are those of `rows_of`."""
+    got: dict[int, Records] = {}
+    leader.lead(header, todo, decide, lambda rows: got.update({rows[0]["index"] // 10: rows}))
+    return got
 
 
 def in_thread(target: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
@@ -80,8 +88,7 @@ def test_every_block_is_decided_once_and_every_rank_gets_the_report(join: Callab
     followers = [in_thread(lambda r=r: join(r, 3).follow(HEADER, decide(r))) for r in (1, 2)]
     leader = join(0, 3)
     todo = [n for n in range(40) if n != 7]
-    got = dict(leader.lead({**HEADER, "device": "cpu"}, todo, decide(0)))
-    assert got == {n: rows_of(n) for n in todo}
+    assert led(leader, todo, decide(0), {**HEADER, "device": "cpu"}) == {n: rows_of(n) for n in todo}
     assert sorted(number for _, number in decided) == todo
     assert {rank for rank, _ in decided} == {0, 1, 2}
     leader.dismiss([{"index": 1}])
@@ -97,7 +104,7 @@ def test_blocks_of_a_lost_rank_are_taken_up_again(join: Callable[[int, int], Cre
     leader._store.set("owner/0", "1-gone")
     leader._store.add("pulse/1-gone", 5)
     begin = time.monotonic()
-    assert dict(leader.lead(HEADER, range(6), rows_of)) == {n: rows_of(n) for n in range(6)}
+    assert led(leader, range(6), rows_of) == {n: rows_of(n) for n in range(6)}
     assert time.monotonic() - begin > 0.5, "a rank is not given up at the first look"
     leader.dismiss([])
 
@@ -111,10 +118,10 @@ def test_a_store_that_outlived_its_processes_does_not_stop_the_next_ones(join: C
         return rows_of(number)
 
     with pytest.raises(OSError, match="killed"):
-        list(before.lead(HEADER, range(8), killed))
-    before._ended.set()
+        led(before, range(8), killed)
+    before._end()
     # Its fourth block has an owner of rank 0 and no rows.
-    assert dict(join(0, 2).lead(HEADER, range(8), rows_of)) == {n: rows_of(n) for n in range(8)}
+    assert led(join(0, 2), range(8), rows_of) == {n: rows_of(n) for n in range(8)}
 
 
 def test_a_slow_rank_with_a_pulse_keeps_its_block(join: Callable[[int, int], Crew]) -> None:
@@ -130,8 +137,9 @@ def test_a_slow_rank_with_a_pulse_keeps_its_block(join: Callable[[int, int], Cre
             time.sleep(0.01)
         return rows_of(number)
 
-    got = dict(leader.lead(HEADER, range(2), late))
-    assert sorted(rows[0]["index"] for rows in got.values())[0] == -1
+    got: Records = []
+    leader.lead(HEADER, range(2), late, got.extend)
+    assert min(row["index"] for row in got) == -1
     leader.dismiss([])
     thread.join(10)
     assert results == [[]]
@@ -139,7 +147,7 @@ def test_a_slow_rank_with_a_pulse_keeps_its_block(join: Callable[[int, int], Cre
 
 def test_ranks_that_evaluate_something_else_are_refused(join: Callable[[int, int], Crew]) -> None:
     thread, results = in_thread(lambda: join(1, 2).follow({"verifier": "other"}, rows_of))
-    assert len(dict(join(0, 2).lead(HEADER, range(3), rows_of))) == 3
+    assert len(led(join(0, 2), range(3), rows_of)) == 3
     thread.join(10)
     assert isinstance(results[0], CrewError) and "rank 1 evaluates something else than rank 0: verifier" in str(
         results[0]
@@ -151,7 +159,40 @@ def test_an_error_of_a_decision_reaches_the_caller(join: Callable[[int, int], Cr
         raise ValueError("no bound rule")
 
     with pytest.raises(ValueError, match="no bound rule"):
-        list(join(0, 2).lead(HEADER, range(3), fails))
+        led(join(0, 2), range(3), fails)
+
+
+def test_rows_that_cannot_be_kept_end_the_work(join: Callable[[int, int], Crew]) -> None:
+    decided: list[int] = []
+
+    def decide(number: int) -> Records:
+        decided.append(number)
+        time.sleep(0.05)
+        return rows_of(number)
+
+    def full(rows: Records) -> None:
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        join(0, 2).lead(HEADER, range(100), decide, full)
+    assert len(decided) < 50
+
+
+def test_rows_decided_before_an_interruption_are_kept(
+    join: Callable[[int, int], Crew], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leader = join(0, 2)
+    monkeypatch.setattr(crew_module, "POLL", 0.3)
+
+    def decide(number: int) -> Records:
+        if number == 3:
+            raise KeyboardInterrupt
+        return rows_of(number)
+
+    kept: Records = []
+    with pytest.raises(KeyboardInterrupt):
+        leader.lead(HEADER, range(8), decide, kept.extend)
+    assert kept == rows_of(0) + rows_of(1) + rows_of(2)
 
 
 def test_one_process_is_no_crew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +226,7 @@ def verdicts(report: Report) -> list[tuple[Any, ...]]:
     return [dataclasses.astuple(dataclasses.replace(row, seconds=0.0, margin_lb=None)) for row in report.rows]
 
 
-def wait_for_rows(out: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+def wait_for_rows(out: Path, count: int, process: subprocess.Popen[Any]) -> None:
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if (out / "rows.jsonl").exists() and (out / "rows.jsonl").read_bytes().count(b"\n") > count:
@@ -236,6 +277,37 @@ def test_torchrun_restarts_its_workers_and_they_go_on(
     # What was on the disk was not decided again: it took the same time to the last digit.
     kept = {row.index: row.seconds for row in report.rows}
     assert len(before) >= 12 and all(kept[row.index] == row.seconds for row in before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_that_are_terminated_say_so_and_go_on_later(
+    processes: int, problem: tuple[list[str], Report], tmp_path: Path
+) -> None:
+    arguments, alone = problem
+    command = [sys.executable, "-m", "robust", *arguments, "--out", str(tmp_path)]
+    counted = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes)}
+
+    def started() -> list[subprocess.Popen[str]]:
+        environment = {**os.environ, **counted, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        return [
+            subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+            for rank in range(processes)
+        ]
+
+    workers = started()
+    wait_for_rows(tmp_path, 12, workers[0])
+    for worker in workers:
+        worker.send_signal(signal.SIGTERM)
+    said = [worker.communicate(timeout=60)[1] for worker in workers]
+    # An abort (-6) where a thread was still at work when the interpreter ended.
+    assert [worker.returncode for worker in workers] == [130] * processes, said
+    assert "".join(said) == "robust: interrupted; the same command goes on where it stopped\n"
+    before = Report.load(tmp_path).rows
+    assert 12 <= len(before) < IMAGES
+    workers = started()
+    assert [(worker.communicate(timeout=240), worker.returncode)[1] for worker in workers] == [0] * processes
+    assert verdicts(Report.load(tmp_path)) == verdicts(alone)
 
 
 def child(parent: int, rank: str) -> int:

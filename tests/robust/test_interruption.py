@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from robust.interruption import SIGNALS, Interruption
+from robust.interruption import SIGNALS, Interruption, termination_interrupts
 
 
 @pytest.mark.usefixtures("listening")
@@ -51,3 +51,17 @@ def test_outside_the_main_thread_nothing_is_touched() -> None:
     thread.start()
     thread.join()
     assert seen == [(False, before)]
+
+
+def test_sigterm_is_a_ctrl_c_unless_somebody_handles_it() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(KeyboardInterrupt), termination_interrupts():
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with termination_interrupts():
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
