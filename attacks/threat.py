@@ -239,7 +239,8 @@ class L1Ball(Ball):
         return self._moved(x, (shrunk * delta.sign()).view_as(x).to(x.dtype))
 
     def sample(self, x: Tensor, generator: Generators = None) -> Tensor:
-        sides = uniform(x.shape, x, generator).double().mul_(2).sub_(1)
+        # A draw may be 0 exactly, once in 2**24: its noise would be infinite.
+        sides = uniform(x.shape, x, generator).double().mul_(2).sub_(1).clamp_(min=-1 + 2**-24)
         # Laplace noise, scaled to the sphere, is uniform on it; the volume within a share r of the radius is r**d.
         laplace = -torch.log1p(-sides.abs()) * sides.sign()
         share = uniform((len(x), *[1] * (x.dim() - 1)), x, generator) ** (1 / max(x[0:1].numel(), 1))

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attacks import threat
 from attacks.noise import streams
 from attacks.threat import L1Ball, L2Ball, LinfBall, make_ball
 
@@ -201,6 +202,19 @@ def test_samples_fill_the_ball_evenly():
     for norm, length in lengths.items():
         shares = ((length / 0.1) ** 3).sort().values
         assert (shares - torch.linspace(0, 1, 4000, dtype=torch.float64)).abs().max() < 0.03, norm
+
+
+@pytest.mark.parametrize("ball_type", BALLS)
+def test_a_draw_of_exactly_0_gives_a_point_of_the_ball(ball_type, monkeypatch):
+    draw = threat.uniform
+
+    def with_zeros(*arguments):
+        return draw(*arguments).index_fill_(-1, torch.tensor([0]), 0.0)
+
+    monkeypatch.setattr(threat, "uniform", with_zeros)
+    x = images(torch.float32)
+    ball = ball_type(0.3)
+    assert ball.contains(ball.sample(x, torch.Generator().manual_seed(0)), x).all()
 
 
 @pytest.mark.parametrize("ball_type", BALLS)
