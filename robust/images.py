@@ -215,7 +215,12 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
 
 def images_from_arrays(
-    x: np.ndarray, y: np.ndarray, source: str, layout: str = "auto", names: tuple[str, str] = ("x", "y")
+    x: np.ndarray,
+    y: np.ndarray,
+    source: str,
+    layout: str = "auto",
+    names: tuple[str, str] = ("x", "y"),
+    unlabelled: bool = False,
 ) -> MemoryImages:
     """Images and labels as users store them, checked once and turned into `[N, C, H, W]`.
 
@@ -225,6 +230,7 @@ def images_from_arrays(
         source: file that the arrays come from, for messages.
         layout: "nhwc", "nchw", or "auto", which takes the axis that has 1 or 3 entries for the channels.
         names: what the arrays are called in the file, for messages.
+        unlabelled: the label -1 is allowed, of images that have none.
 
     Raises:
         ValueError: wrong rank, dtype, range or length, or a layout that can not be told.
@@ -235,7 +241,7 @@ def images_from_arrays(
         raise ValueError(f"{y_name} must be whole numbers [N], got {y.dtype} {list(y.shape)}")
     if len(x) != len(y):
         raise ValueError(f"{x_name} has {len(x)} images, but {names[1]} has {len(y)} labels")
-    if len(y) and y.min() < 0:
+    if len(y) and y.min() < -int(unlabelled):
         raise ValueError(f"{y_name}: labels count from 0, got {y.min()}")
     pixels = torch.from_numpy(np.ascontiguousarray(_channels_first(_checked_pixels(x, x_name), x_name, layout)))
     return MemoryImages(pixels, torch.from_numpy(y.astype(np.int64)))

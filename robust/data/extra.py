@@ -24,7 +24,8 @@ class Extra:
     2023).
 
     Validation images are held out of `own` alone; test images, classes, normalisation and augmentation are `own`'s. The
-    labels of `extra` are whatever its file says: conditions of a generator, or another model's predictions.
+    labels of `extra` are whatever its file says: conditions of a generator, or another model's predictions. An archive
+    needs x_train and y_train alone, where -1 means an image without a label, for objectives that take them (awr).
 
     Args:
         own, extra: such as `own=(cifar10),extra=(npz:path=generated.npz)`.
@@ -43,7 +44,9 @@ class Extra:
             raise ValueError(f"extra: fraction={self.fraction}: expected a share of the mini-batch between 0 and 1")
 
     def __call__(self, root: Path | None = None) -> DataSet:
-        data, more = self.own(root), self.extra(root).train
+        # An archive of more images needs none to test on.
+        alone = getattr(self.extra, "training_images", None)
+        data, more = self.own(root), self.extra(root).train if alone is None else alone()
         if not len(more):
             raise ValueError(f"extra: {DATASETS.spell(self.extra)} has no training images (an archive needs x_train)")
         shapes = [tuple(images.batch(torch.tensor([0]))[0].shape[1:]) for images in (data.train, more)]

@@ -42,6 +42,8 @@ class Npz:
     def __call__(self, root: Path | None = None) -> DataSet:
         path = Path(self.path).expanduser()
         train, test, classes = read_npz(path, self.layout)
+        if not len(test) and len(train):
+            raise ValueError(f"{path}: has x_train but no x_test; name the arrays x and y if these are test images")
         channels, height, width = test.pixels.shape[1:]
         return DataSet(
             name=path.stem,
@@ -54,9 +56,15 @@ class Npz:
             input_shape=(channels, height, width),
         )
 
+    def training_images(self) -> MemoryImages:
+        """x_train and y_train of an archive that need not have more, where the label -1 means that there is none."""
+        return read_npz(Path(self.path).expanduser(), self.layout, unlabelled=True)[0]
 
-def read_npz(path: Path, layout: str = "auto") -> tuple[MemoryImages, MemoryImages, tuple[str, ...]]:
-    """(train, test, class names) of an archive as `Npz` describes it; `train` is empty where there is none."""
+
+def read_npz(
+    path: Path, layout: str = "auto", unlabelled: bool = False
+) -> tuple[MemoryImages, MemoryImages, tuple[str, ...]]:
+    """(train, test, class names) of an archive as `Npz` describes it; either is empty where it is not in there."""
     if not path.is_file():
         raise MissingData(f"npz: there is no file {path} (looked for {path.resolve()})")
     try:
@@ -71,14 +79,12 @@ def read_npz(path: Path, layout: str = "auto") -> tuple[MemoryImages, MemoryImag
             raise ValueError(
                 f"{path}: expected x_train, y_train, x_test, y_test, or x, y alone; it has {', '.join(archive.files)}"
             )
-        if found == [("x_train", "y_train")]:
-            raise ValueError(f"{path}: has x_train but no x_test; name the arrays x and y if these are test images")
         for names in found:
             if names[1] not in archive:
                 raise ValueError(f"{path}: has {names[0]} but no {names[1]}")
         arrays = {name: _array(archive, name, path) for names in found for name in names}
         named = tuple(str(name) for name in _array(archive, "classes", path)) if "classes" in archive else None
-    parts = [images_from_arrays(arrays[x], arrays[y], str(path), layout, (x, y)) for x, y in found]
+    parts = [images_from_arrays(arrays[x], arrays[y], str(path), layout, (x, y), unlabelled) for x, y in found]
     if len(parts) == 2 and parts[0].pixels.shape[1:] != parts[1].pixels.shape[1:]:
         sizes = " and ".join(str(list(part.pixels.shape[1:])) for part in parts)
         raise ValueError(f"{path}: training and test images differ in shape [C, H, W]: {sizes}")
@@ -87,7 +93,9 @@ def read_npz(path: Path, layout: str = "auto") -> tuple[MemoryImages, MemoryImag
         raise ValueError(f"{path}: label {highest}, but `classes` has {len(named)} names")
     classes = named or tuple(map(str, range(highest + 1)))
     nothing = parts[0].subset(torch.empty(0, dtype=torch.int64))
-    return (parts[0], parts[1], classes) if len(parts) == 2 else (nothing, parts[0], classes)
+    if len(parts) == 2:
+        return parts[0], parts[1], classes
+    return (parts[0], nothing, classes) if found == [("x_train", "y_train")] else (nothing, parts[0], classes)
 
 
 def _array(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> np.ndarray:

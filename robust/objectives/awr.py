@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,8 @@ class AWR:
     attack: Attack = method_field(ATTACKS, PGD(steps=10, step_size=0.25, loss="kl", keep="last", mode="keep"))
     statistics: BatchNormStatistics = "eval"
     batch_norm: BatchNormOf = "own"
+
+    takes_unlabelled: ClassVar[bool] = True
 
     def start(self, run: RunFacts) -> Active:
         return _Active(self, FrozenModel(self.teacher, run))
