@@ -32,6 +32,7 @@ class RunFacts:
             classes, on the run's device.
         ball: threat model of training at the full radius.
         group: processes that train together, each with a part of every batch; None for one process.
+        objective: of the run, as a value; None outside of a run.
         own: text of the network in training where it is the user's own, FILE.py:NAME. `build` runs the file that a
             text names, so a text that a checkpoint gives is built only where it is this one.
     """
@@ -46,6 +47,7 @@ class RunFacts:
     ball: Ball = LinfBall(0.0)
     group: dist.ProcessGroup | None = None
     own: str | None = None
+    objective: Any = None
 
 
 @dataclass
@@ -73,9 +75,11 @@ class Active:
 
     Attributes:
         averages: whether `weights` may have an opinion; only one method of a run may.
+        goes_back: whether it may put earlier weights back, which no average knows of.
     """
 
     averages: ClassVar[bool] = False
+    goes_back: ClassVar[bool] = False
 
     def companions(self) -> Sequence[Active]:
         """Other active methods that this one owns (teachers, memories); they are called and saved as it is."""

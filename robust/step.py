@@ -185,8 +185,12 @@ class BatchLoss:
             weight = keep(torch.stack(list(terms.values())).sum(0).detach())
             terms = {name: weight * value for name, value in terms.items()}
         means = {name: value.mean() for name, value in terms.items()}
-        for regularizer in self.plan.regularizers:
-            means.update(regularizer(views))
+        # What is kept or left out is examples' losses; terms of no example would drive the weights where none is kept.
+        for regularizer in self.plan.regularizers if keep is None else []:
+            for name, value in regularizer(views).items():
+                if name in means:
+                    raise ValueError(f"two methods of the run add a term {name!r} to the loss; keep one of them")
+                means[name] = value
         return means
 
     @torch.no_grad()

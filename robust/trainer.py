@@ -189,7 +189,7 @@ class _Run:
         self.steps_per_epoch = self.replays * max(1, math.ceil(self.epoch_size / settings.batch_size))
         if team is not None:
             self._refuse_small_batches()
-        facts = self._facts()
+        facts = self._facts(objective)
         self.objective = begin(objective, facts)
         self.regularizers = [begin(REGULARIZERS.parse(text), facts) for text in settings.regularizers]
         self.weightings = [begin(WEIGHTINGS.parse(text), facts) for text in settings.weightings]
@@ -199,6 +199,13 @@ class _Run:
         averaging = [text for text, hook in zip(settings.hooks, hooks, strict=True) if hook.averages]
         if len(averaging) > 1:
             raise TrainingError(f"{' and '.join(averaging)} both average the weights; keep one of them")
+        back = [text for text, hook in zip(settings.hooks, hooks, strict=True) if hook.goes_back]
+        if averaging and back:
+            raise TrainingError(
+                f"{back[0]} puts earlier weights back, and the average of {averaging[0]} has the later ones in it; "
+                "keep one of them"
+            )
+        self._refuse_misfits(objective)
         self.parameters = [*self.model.parameters(), *(p for active in self.active for p in active.parameters())]
         factory = OPTIMIZERS.parse(settings.optimizer)
         self.lr = factory.lr
@@ -218,6 +225,28 @@ class _Run:
                 parts_of(count, self.settings, self.team)
         except ValueError as error:
             raise TrainingError(str(error)) from None
+
+    def _refuse_misfits(self, objective: Any) -> None:
+        """TrainingError where a method would do nothing all the run, or has no answer to these images."""
+        constant = ramp_progress(self.eps_schedule, 0, self.steps_per_epoch) >= 1
+        for text, regularizer in zip(self.settings.regularizers, self.regularizers, strict=True):
+            if constant and regularizer.needs_boxes:
+                raise TrainingError(
+                    f"{text} acts while the radius grows, and eps_schedule={self.settings.eps_schedule} has no such "
+                    "time; give a ramp, such as smooth, or leave it out"
+                )
+        if (self.train_images.labels < 0).any() and (
+            self.regularizers or self.weightings or not getattr(objective, "takes_unlabelled", False)
+        ):
+            raise TrainingError(
+                "some training images have no label (-1); only awr takes them, without regularisers and weightings"
+            )
+        if self.weightings and getattr(objective, "of_the_batch", False):
+            raise TrainingError(
+                f"{' and '.join(self.settings.weightings)}: every image has the same loss in "
+                f"{self.settings.objective.partition(':')[0]}, a product of means over the batch, so there is nothing "
+                "to weight; mtl_ibp and cc_ibp have a loss for each"
+            )
 
     def run(self) -> Checkpoint:
         with contextlib.ExitStack() as stack:
@@ -342,7 +371,7 @@ class _Run:
         if self._alone(step):
             return StepPlan(self.objective, [], fraction, ramp, noise, moment=moment)
         if fraction == 0:
-            return StepPlan(Natural(), self.regularizers, fraction, ramp, noise, moment=moment)
+            return StepPlan(Natural(), self.regularizers, fraction, ramp, noise, [], self.active, moment)
         return StepPlan(self.objective, self.regularizers, fraction, ramp, noise, self.weightings, self.active, moment)
 
     def _alone(self, step: int) -> bool:
@@ -359,9 +388,9 @@ class _Run:
 
     def _check_weights(self) -> None:
         """What the loss of a next step would show, before weights are judged or saved."""
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                self._check({f"largest weight of {name}": float(parameter.detach().abs().max())})
+        for name, tensor in self.model.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                self._check({f"largest weight of {name}": float(tensor.abs().max())})
 
     def _close_epoch(self, epoch: int) -> dict[str, Any]:
         self._check_weights()
@@ -485,7 +514,7 @@ class _Run:
         if self.settings.validation:
             yield from ((x, y) for _, x, y in validation_batches(self.data, self.device))
 
-    def _facts(self) -> RunFacts:
+    def _facts(self, objective: Any) -> RunFacts:
         return RunFacts(
             self.model,
             self.data.input_shape,
@@ -497,6 +526,7 @@ class _Run:
             self.settings.train_ball(),
             None if self.team is None else self.team.group,
             self.settings.model if names_file(self.settings.model) else None,
+            objective,
         )
 
     def _example(self) -> Tensor:

@@ -6,11 +6,14 @@ A weighting is a frozen dataclass; one that learns from the run (class statistic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal, NamedTuple
+import dataclasses
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
+from attacks.attack import ATTACKS
 from attacks.registry import Registry
 from robust.active import RunFacts
 from robust.views import Views
@@ -72,6 +75,26 @@ def check_start(name: str, start_epoch: float, run: RunFacts) -> None:
             f"{name}: start_epoch={start_epoch:g} of {run.epochs} epochs leaves none with weights; give a smaller one, "
             f"such as {name}:start_epoch={run.epochs // 2}"
         )
+
+
+def check_class_steps(name: str, run: RunFacts) -> None:
+    """ValueError where the run's objective has an attack whose steps cannot be scaled per example."""
+    for attack in _attacks_in(run.objective):
+        if "pace" not in inspect.signature(attack.__call__).parameters:
+            raise ValueError(
+                f"{name} gives every class a radius and steps of its own, and the attack {ATTACKS.spell(attack)} has "
+                "no such steps; give the objective pgd, fgsm or friendly_pgd"
+            )
+
+
+def _attacks_in(method: Any) -> Iterator[Any]:
+    """Attacks among the fields of a method, those of methods among them included."""
+    for field in dataclasses.fields(method) if dataclasses.is_dataclass(method) else ():
+        value = getattr(method, field.name)
+        if any(isinstance(value, ATTACKS[name]) for name in ATTACKS):
+            yield value
+        else:
+            yield from _attacks_in(value)
 
 
 def label_terms(terms: dict[str, Tensor]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class CatastrophicOverfitting:
 
 
 class _Active(Active):
+    goes_back: ClassVar[bool] = True
+
     def __init__(self, hook: CatastrophicOverfitting, run: RunFacts) -> None:
         self.hook, self.ball = hook, run.ball
         self.accuracy = torch.zeros((), dtype=torch.float64)

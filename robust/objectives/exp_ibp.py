@@ -45,6 +45,7 @@ class ExpIBP:
     bounds_statistics: BoundsStatistics = "clean"
 
     defaults: ClassVar[RunDefaults] = CERTIFIED
+    of_the_batch: ClassVar[bool] = True
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
         x_adv = adversarial(views, self.attack, self.attack_factor, self.statistics)

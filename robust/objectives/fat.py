@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attacks.methods.friendly_pgd import FriendlyPGD
 from attacks.registry import method_field
-from robust.objective import OBJECTIVES
+from robust.objective import ADVERSARIAL, OBJECTIVES, RunDefaults
 from robust.objectives.pgd import PGDTraining
 from robust.views import Views
 
@@ -38,6 +38,15 @@ class FAT:
             raise ValueError(
                 "fat needs an objective whose attack is friendly_pgd, such as pgd:attack=(friendly_pgd:mode=keep)"
             )
+        if hasattr(self.objective, "start"):
+            name = OBJECTIVES.spell(self.objective).partition(":")[0]
+            raise ValueError(f"fat: {name} remembers things from step to step; give an objective that does not")
+
+    @property
+    def defaults(self) -> RunDefaults:
+        """Those of the objective."""
+        defaults: RunDefaults = getattr(self.objective, "defaults", ADVERSARIAL)
+        return defaults
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
         patience = sum(views.epoch >= epoch for epoch in self.patience_epochs)

@@ -77,8 +77,8 @@ class _Active(Active):
         return places, self.delta[places].clone().requires_grad_()
 
     def see(self, views: Views, moment: Moment) -> None:
-        places, leaf = views.kept[self]
-        if leaf.grad is None:
+        places, leaf = views.kept.get(self, (None, None))
+        if leaf is None or leaf.grad is None:  # a step at radius 0 takes none
             return
         ball, x = views.ball, views.x
         self.delta[places] = ball.project(x + leaf + ball.steepest(leaf.grad, ball.eps), x) - x

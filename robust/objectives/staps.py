@@ -37,6 +37,7 @@ class STAPS:
     statistics: BatchNormStatistics = "batch"
 
     defaults: ClassVar[RunDefaults] = CERTIFIED
+    of_the_batch: ClassVar[bool] = True
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
         x_adv = adversarial(views, self.attack, statistics=self.statistics)

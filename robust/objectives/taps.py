@@ -93,6 +93,7 @@ class TAPS:
     ibp_factor: bool = True
 
     defaults: ClassVar[RunDefaults] = CERTIFIED
+    of_the_batch: ClassVar[bool] = True
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
         return self.over(views, views.box)

@@ -68,7 +68,7 @@ class _Active(Active):
 
     def __init__(self, method: ELLEAdaptive) -> None:
         self.method = method
-        self.error = 0.0
+        self.error: float | None = None
         # Weight, and number, mean and sum of squared deviations of all past errors.
         self.weight, self.count, self.mean, self.squares = 0.0, 0.0, 0.0, 0.0
 
@@ -78,6 +78,8 @@ class _Active(Active):
         return {"elle": self.weight * error}
 
     def after_step(self, moment: Moment) -> None:
+        if self.error is None:  # a step of the objective's alone
+            return
         method = self.method
         usual = self.mean + method.sensitivity * math.sqrt(self.squares / max(self.count, 1))
         self.weight = method.weight if self.count > 2 and self.error > usual else method.fade * self.weight
@@ -85,6 +87,7 @@ class _Active(Active):
         change = self.error - self.mean
         self.mean += change / self.count
         self.squares += change * (self.error - self.mean)
+        self.error = None
 
     def state(self) -> dict[str, Tensor]:
         values = [self.weight, self.count, self.mean, self.squares]

@@ -19,9 +19,9 @@ from robust.views import Views
 @REGULARIZERS.register("fomo")
 @dataclass(frozen=True)
 class FOMO:
-    """Every few epochs a random share of the weights is drawn anew, and relearnt in agreement with a stable average:
-    weight * mean KL(p_stable(x_adv) || p(x_adv)) (Ramkumar et al. 2024); unreproduced: every constant, the form of the
-    consistency loss and the order of the phases are not published.
+    """Every few epochs, but behind the last, a random share of the weights is drawn anew, and relearnt in agreement
+    with a stable average: weight * mean KL(p_stable(x_adv) || p(x_adv)) (Ramkumar et al. 2024); unreproduced: every
+    constant, the form of the consistency loss and the order of the phases are not published.
 
     The stable network is an exponential moving average of the weights, in evaluation mode. Weights of convolutional and
     dense layers are forgotten; their fresh values come from the layers' own initialisation.
@@ -50,14 +50,14 @@ class FOMO:
                 f"fomo: start_epoch={self.start_epoch} of {run.epochs} epochs forgets nothing; give a smaller one, "
                 f"such as fomo:start_epoch={run.epochs // 2}"
             )
-        return _Active(self, AveragedModel(self.decay, run))
+        return _Active(self, AveragedModel(self.decay, run), run.epochs)
 
 
 class _Active(Active):
     needs_boxes: ClassVar[bool] = False
 
-    def __init__(self, fomo: FOMO, stable: AveragedModel) -> None:
-        self.fomo, self.stable = fomo, stable
+    def __init__(self, fomo: FOMO, stable: AveragedModel, epochs: int) -> None:
+        self.fomo, self.stable, self.epochs = fomo, stable, epochs
 
     def companions(self) -> list[Active]:
         return [self.stable]
@@ -71,7 +71,8 @@ class _Active(Active):
 
     def after_epoch(self, moment: Moment) -> None:
         epoch = round(moment.epoch)
-        if epoch >= self.fomo.start_epoch and (epoch - self.fomo.start_epoch) % self.fomo.every == 0:
+        # What is forgotten behind the last epoch would never be learnt again.
+        if self.fomo.start_epoch <= epoch < self.epochs and (epoch - self.fomo.start_epoch) % self.fomo.every == 0:
             forget_(moment.model, self.fomo.share, self.fomo.seed + epoch)
 
 

@@ -98,6 +98,8 @@ def _regularized(views: Views) -> Bounded:
 def _relu_boxes(bounded: Bounded) -> list[AnyBox]:
     nodes = bounded.snapshot.nodes
     places = [node.inputs[0] for node in nodes if isinstance(node.op, ReLU | ShrunkReLU)]
+    if not places:
+        raise ValueError("shi balances the inputs of ReLU layers, and the network has none; leave it out")
     return [bounded.boxes[place] for place in places]
 
 

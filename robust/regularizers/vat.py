@@ -27,13 +27,14 @@ class VAT:
 
     Args:
         weight: alpha. eps: in pixel units; the authors' 8.0 is for whitened CIFAR-10.
-        xi: length of the finite difference. iterations: of the power method.
+        xi: length of the finite difference; the authors' 1e-6 is less than float32's rounding of most pixels, and the
+            direction then noise. iterations: of the power method.
         entropy_weight: of the mean entropy of p(x), 1 in the authors' VAT+EntMin.
     """
 
     weight: float = 1.0
     eps: float = 8.0
-    xi: float = 1e-6
+    xi: float = 1e-3
     iterations: int = 1
     entropy_weight: float = 0.0
 

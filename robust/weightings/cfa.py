@@ -10,7 +10,7 @@ from torch import Tensor
 from attacks.losses import misclassified
 from robust.active import Active, Moment, RunFacts
 from robust.views import Views
-from robust.weighting import WEIGHTINGS, Radius, Weighting, check_start
+from robust.weighting import WEIGHTINGS, Radius, Weighting, check_class_steps, check_start
 
 
 @WEIGHTINGS.register("cfa")
@@ -40,6 +40,13 @@ class CFA:
 
     def start(self, run: RunFacts) -> Active:
         check_start("cfa", self.start_epoch, run)
+        check_class_steps("cfa", run)
+        weight = getattr(run.objective, "kl_weight", 1)
+        if self.kl_weight and weight != 1:
+            raise ValueError(
+                f"cfa: the term kl gets its weight here, and the objective has kl_weight={weight:g}; set it to 1, "
+                "as in trades:kl_weight=1"
+            )
         return _Active(self, run.classes)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robust.active import Active, Moment, RunFacts
 from robust.views import Views
-from robust.weighting import WEIGHTINGS, Radius, Weighting, label_terms, weighted
+from robust.weighting import WEIGHTINGS, Radius, Weighting, check_class_steps, label_terms, weighted
 
 
 @WEIGHTINGS.register("dafa")
@@ -38,6 +38,7 @@ class DAFA:
                 f"dafa: warmup_epochs={self.warmup_epochs} of {run.epochs} epochs leaves none with weights; give "
                 f"1 to {run.epochs - 1}, such as dafa:warmup_epochs={max(1, run.epochs // 2)}"
             )
+        check_class_steps("dafa", run)
         return _Active(self, run.classes)
 
 

@@ -13,7 +13,7 @@ from attacks.registry import method_field
 from robust.active import Active, Moment, RunFacts
 from robust.class_errors import class_errors
 from robust.views import Views
-from robust.weighting import WEIGHTINGS, Radius, Weighting
+from robust.weighting import WEIGHTINGS, Radius, Weighting, check_class_steps
 
 
 @WEIGHTINGS.register("frl")
@@ -47,6 +47,8 @@ class FRL:
     attack: Attack = method_field(ATTACKS, PGD(steps=20, step_size=0.25, keep="last"))
 
     def start(self, run: RunFacts) -> Active:
+        if self.radius_rate:
+            check_class_steps("frl", run)
         return _Active(self, run)
 
 

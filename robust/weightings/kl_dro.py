@@ -43,12 +43,13 @@ class _Active(Active, Weighting):
     def __init__(self, dro: KLDRO) -> None:
         self.dro = dro
         self.log_mean = torch.tensor(math.nan, dtype=torch.float64)
+        self.latest: Tensor | None = None
         self.seen: list[Tensor] = []
 
     def __call__(self, views: Views, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         scores = torch.stack(list(terms.values())).sum(0).detach() / self.dro.temperature
-        self.latest = scores.logsumexp(0) - math.log(len(scores))
-        weight = (scores - self._mixed(self.latest)).exp()
+        log_mean = self.latest = scores.logsumexp(0) - math.log(len(scores))
+        weight = (scores - self._mixed(log_mean)).exp()
         return {name: weight * value for name, value in terms.items()}
 
     def _mixed(self, log_mean: Tensor) -> Tensor:
@@ -59,7 +60,9 @@ class _Active(Active, Weighting):
         return torch.logaddexp(past + math.log(share), log_mean + math.log1p(-share))
 
     def see(self, views: Views, moment: Moment) -> None:
-        self.seen.append(self.latest.cpu().double())
+        if self.latest is not None:  # None behind a step at radius 0, which is not weighted
+            self.seen.append(self.latest.cpu().double())
+            self.latest = None
 
     def after_step(self, moment: Moment) -> None:
         if self.seen:

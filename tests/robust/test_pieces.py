@@ -76,7 +76,12 @@ def robust_settings(out: Path) -> Settings:
     "changes",
     [
         {},
-        {"objective": f"mtl_ibp:{STEP}", "micro_batch": 100, "regularizers": ("shi:weight=0.5",)},
+        {
+            "objective": f"mtl_ibp:{STEP}",
+            "micro_batch": 100,
+            "regularizers": ("shi:weight=0.5",),
+            "eps_schedule": "linear:start=0.1,end=2.5",
+        },
         {"objective": "free_for_test", "weight_perturbation": "sam", "weightings": ()},
         {"weight_perturbation": "rwp:iterations=2", "weightings": ("doubt_for_test",), "objective": f"trades:{STEP}"},
         {

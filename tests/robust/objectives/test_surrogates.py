@@ -17,8 +17,10 @@ from robust.objectives.arow import ARoW
 from robust.objectives.beta import BETA
 from robust.objectives.encouraging import Encouraging, encouraging_loss
 from robust.objectives.fat import FAT
+from robust.objectives.hat import HAT
 from robust.objectives.lat import LAT
 from robust.objectives.pgd import PGDTraining
+from robust.objectives.sabr import SABR
 from robust.objectives.smooth_comp_sum import SmoothCompSum, comp_sum
 from robust.objectives.srat import SRAT, supervised_contrast
 from robust.objectives.trades import TRADES
@@ -221,6 +223,10 @@ def test_fats_patience_grows_at_its_epochs_and_points_are_searched_once_a_step()
         assert len(views.kept) == 1
     with pytest.raises(ValueError, match=r"fat needs an objective whose attack is friendly_pgd, such as pgd:attack="):
         FAT(PGDTraining())
+    friendly = FriendlyPGD(mode="keep")
+    with pytest.raises(ValueError, match="fat: hat remembers things from step to step; give an objective that does"):
+        FAT(HAT(standard="a", attack=friendly))
+    assert FAT(SABR(attack=friendly)).defaults == SABR.defaults != FAT().defaults
 
 
 @pytest.mark.parametrize("relus", [1])

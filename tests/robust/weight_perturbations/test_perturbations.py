@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from certify.tracing import capture
 from robust.objectives.mtl_ibp import MTLIBP
 from robust.objectives.pgd import PGDTraining
 from robust.objectives.trades import TRADES
+from robust.regularizers.l1 import L1
 from robust.seeds import seeded
 from robust.settings import Settings
 from robust.step import BatchLoss, StepPlan
@@ -84,6 +86,9 @@ def test_rwp_of_one_iteration_with_every_example_is_the_global_direction_and_wit
         torch.testing.assert_close(v, 0.02 * w / g * gradients[name])
     nothing = RWP(max_loss=float("-inf"))(net, loss)
     assert all(not v.any() for _, v in nothing)
+    # A regulariser has no examples that could qualify.
+    loss.plan = dataclasses.replace(loss.plan, regularizers=[L1(weight=1e-3)])
+    assert all(not v.any() for _, v in RWP(max_loss=float("-inf"))(net, loss))
 
 
 def test_rwp_looks_at_the_examples_below_the_threshold_anew_at_each_perturbed_weight():

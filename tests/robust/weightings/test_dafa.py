@@ -51,7 +51,7 @@ def test_a_harder_class_that_is_taken_for_an_easier_one_gains():
 
 
 def test_predictions_are_gathered_in_the_last_warm_up_epoch_only_and_small_weights_are_clamped():
-    active = DAFA(strength=30.0, warmup_epochs=2, least=0.2).start(SimpleNamespace(epochs=3, classes=3))
+    active = DAFA(strength=30.0, warmup_epochs=2, least=0.2).start(SimpleNamespace(epochs=3, classes=3, objective=None))
     z = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     y = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])
     for epoch in (0.0, 0.5, 1.0, 1.5):
@@ -65,14 +65,14 @@ def test_predictions_are_gathered_in_the_last_warm_up_epoch_only_and_small_weigh
     expected = class_weights(means, 30.0).clamp(min=0.2)
     torch.testing.assert_close(active.table, expected, rtol=1e-6, atol=1e-6)
     assert float(expected.min()) == 0.2
-    other = DAFA(strength=30.0, warmup_epochs=2).start(SimpleNamespace(epochs=3, classes=3))
+    other = DAFA(strength=30.0, warmup_epochs=2).start(SimpleNamespace(epochs=3, classes=3, objective=None))
     other.restore(active.state())
     assert all(torch.equal(a, b) for a, b in zip(other.radius(y), active.radius(y), strict=True))
 
 
 def test_a_run_too_short_for_its_warm_up_is_refused():
     with pytest.raises(ValueError, match=r"dafa: warmup_epochs=70 of 20 epochs leaves none .* dafa:warmup_epochs=10"):
-        DAFA().start(SimpleNamespace(epochs=20, classes=3))
+        DAFA().start(SimpleNamespace(epochs=20, classes=3, objective=None))
 
 
 class Table(Weighting):
@@ -116,7 +116,7 @@ def test_radius_and_steps_of_every_example_are_scaled_by_its_own_factors(steps):
 def test_the_label_terms_are_weighted_by_class_and_the_divergence_is_not():
     net = oracle.small_net(batch_norm=True)
     x, y = oracle.images()
-    active = DAFA(warmup_epochs=1).start(SimpleNamespace(epochs=2, classes=4))
+    active = DAFA(warmup_epochs=1).start(SimpleNamespace(epochs=2, classes=4, objective=None))
     active.table = torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=torch.float64)
     views = oracle.views_of(net, x, y, 0.05)
     terms = TRADES(attack=oracle.Fixed())(views)
@@ -141,7 +141,7 @@ def test_on_adversarial_training_the_one_term_is_weighted_and_the_attack_keeps_t
     attack = PGD(steps=10, step_size=0.25, start="clean", keep="last", mode="keep")
     moves, y, _ = attacked_with([Table(table)], PGDTraining(attack=attack, batch_norm="own"))
     torch.testing.assert_close(moves, 0.01 * table[y], rtol=1e-6, atol=1e-9)
-    active = DAFA(warmup_epochs=1).start(SimpleNamespace(epochs=2, classes=4))
+    active = DAFA(warmup_epochs=1).start(SimpleNamespace(epochs=2, classes=4, objective=None))
     active.table = table
     views = oracle.views_of(oracle.small_net(), *oracle.images(), 0.05)
     terms = PGDTraining(attack=oracle.Fixed(), batch_norm="own")(views)

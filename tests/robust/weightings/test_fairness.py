@@ -33,7 +33,7 @@ def terms_of(objective, batch_norm=False):
 
 
 def test_cfa_scales_radii_and_mixes_terms_by_last_epochs_class_accuracies():
-    active = CFA(start_epoch=2).start(SimpleNamespace(epochs=5, classes=4))
+    active = CFA(start_epoch=2).start(SimpleNamespace(epochs=5, classes=4, objective=None))
     views, terms = terms_of(TRADES(kl_weight=1.0, attack=oracle.Fixed()))
     share = 6 / 7
     found = active(views, terms)
@@ -56,14 +56,14 @@ def test_cfa_scales_radii_and_mixes_terms_by_last_epochs_class_accuracies():
     torch.testing.assert_close(found["clean"], (1 - b) * terms["clean"])
     torch.testing.assert_close(found["kl"], b * terms["kl"])
     assert not active.counts.any()
-    other = CFA(start_epoch=2).start(SimpleNamespace(epochs=5, classes=4))
+    other = CFA(start_epoch=2).start(SimpleNamespace(epochs=5, classes=4, objective=None))
     other.restore(active.state())
     assert torch.equal(other.radius(labels).eps, eps)
 
 
 def test_cfa_leaves_the_terms_of_adversarial_training_alone_or_says_what_it_needs():
     views, terms = terms_of(PGDTraining(attack=oracle.Fixed()))
-    run = SimpleNamespace(epochs=20, classes=4)
+    run = SimpleNamespace(epochs=20, classes=4, objective=None)
     assert CFA(kl_weight=0.0).start(run)(views, terms) is terms
     with pytest.raises(ValueError, match=r"cfa mixes the terms clean and kl .* has adversarial; .* cfa:kl_weight=0"):
         CFA().start(run)(views, terms)
@@ -104,7 +104,7 @@ def test_class_errors_are_counted_clean_and_under_attack_in_evaluation_mode():
 
 
 def test_frl_moves_multipliers_by_hand_and_the_loss_is_divided_by_all_weights():
-    run = SimpleNamespace(epochs=80, classes=2, ball=LinfBall(0.1))
+    run = SimpleNamespace(epochs=80, classes=2, ball=LinfBall(0.1), objective=None)
     frl = FRL(rate=0.4, radius_rate=0.5, clean_bound=-0.1, boundary_bound=-0.2, limit=0.2, attack=ATTACK)
     active = frl.start(run)
     model = Threshold()
@@ -137,7 +137,7 @@ def test_frl_moves_multipliers_by_hand_and_the_loss_is_divided_by_all_weights():
 
 
 def test_frl_starts_even_halves_its_rate_and_keeps_weights_positive():
-    run = SimpleNamespace(epochs=80, classes=2, ball=LinfBall(0.1))
+    run = SimpleNamespace(epochs=80, classes=2, ball=LinfBall(0.1), objective=None)
     active = FRL(attack=ATTACK).start(run)
     views, terms = terms_of(TRADES(kl_weight=1.0, attack=oracle.Fixed()))
     active.clean, active.boundary = torch.zeros(2, 4, dtype=torch.float64)
