@@ -32,6 +32,10 @@ class GradAlign:
     needs_boxes: ClassVar[bool] = False
 
     def __call__(self, views: Views) -> dict[str, Tensor]:
+        if views.ball.norm != "linf":
+            raise ValueError(
+                f"grad_align draws noise of the radius in every pixel: it needs norm=linf, got {views.ball.norm}"
+            )
         x, eps = views.x, views.ball.eps_of(views.x)
         noise = views.once("grad_align", lambda: eps * (2 * uniform(x.shape, x, views.generator) - 1))
         fixed = x.detach().requires_grad_()

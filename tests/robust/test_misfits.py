@@ -32,6 +32,10 @@ MISFITS = {
         {"objective": f"exp_ibp:{STEP}", "weightings": ("kl_dro",)},
         "kl_dro: every image has the same loss in exp_ibp, .* mtl_ibp and cc_ibp have a loss for each",
     ),
+    "noise of a box in a ball": (
+        {**ADVERSARIAL, "norm": "l2", "regularizers": ("grad_align",)},
+        "grad_align draws noise of the radius in every pixel: it needs norm=linf, got l2",
+    ),
     "two terms of one name": (
         {**ADVERSARIAL, "regularizers": ("elle", "elle_a")},
         "two methods of the run add a term 'elle' to the loss; keep one of them",
