@@ -207,7 +207,7 @@ class L2Ball(Ball):
         return unit.mul_(_per_example(step, gradient))
 
     def dual_norm(self, a: Tensor, dims: tuple[int, ...]) -> Tensor:
-        return torch.linalg.vector_norm(a, dim=dims)
+        return euclidean_norm(a, dims)
 
     def length(self, move: Tensor) -> Tensor:
         return _l2(move).flatten()
@@ -320,6 +320,15 @@ def _refuse_radius(eps: float, pixel_range: tuple[float, float]) -> None:
     low, high = pixel_range
     hint = f"; did you mean {eps:g}/255?" if eps <= 255 * (high - low) else ""
     raise ValueError(f"eps={eps:g} leaves the pixel range [{low:g}, {high:g}]{hint}")
+
+
+def euclidean_norm(a: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The l2 norm over `dims`, also of entries whose squares are below the dtype's smallest number, or above its
+    largest; differentiable.
+    """
+    info = torch.finfo(a.dtype)
+    size = a.detach().abs().amax(dims, keepdim=True).clamp(info.tiny, info.max)
+    return torch.linalg.vector_norm(a / size, dim=dims) * size.squeeze(dims)
 
 
 def _per_example(step: float | Tensor, x: Tensor) -> float | Tensor:

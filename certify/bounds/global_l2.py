@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from attacks.threat import euclidean_norm
 from certify.graph import Node, Snapshot
 from certify.lipschitz.operator_norm import operator_norm_bound
 from certify.op import AffineOp, Op, UnsupportedOp
@@ -98,7 +99,7 @@ def _rows(snapshot: Snapshot, x: Tensor) -> _Rows:
     features = Snapshot(tuple(front[: place + 1])).evaluate([x])[-1]
     weight, bias = last.op.weight, last.op.bias
     size = Linear(weight.abs(), None if bias is None else bias.abs()).forward(features.abs())
-    constant = lipschitz_constants(front[: place + 1])[-1].to(x) * weight.norm(dim=-1)
+    constant = lipschitz_constants(front[: place + 1])[-1].to(x) * euclidean_norm(weight, (-1,))
     return _Rows(last.op.forward(features), size, constant)
 
 

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from attacks.threat import euclidean_norm
 from certify.bounds.crown import Boxes, Rows, backward, bound_rows, intermediate_boxes, output_rows
 from certify.bounds.interval import interval_walk
 from certify.graph import Node, Snapshot
@@ -119,7 +120,11 @@ def row_norms(snapshot: Snapshot, boxes: Boxes, rows: Tensor, norm: str, method:
     linear = backward(graph, len(graph.nodes) - 1, output_rows(graph, start), found, record=coefficients)
     if norm != "l1":
         jointly = -start.minimum(linear.A, linear.constant)[0]
-        ub = torch.minimum(ub, jointly if norm == "linf" else jointly.clamp(min=0).sqrt())
+        if norm == "l2":
+            # Each square, and each of the two products of its upper line, may have vanished below the smallest number.
+            entries = graph.nodes[-2].shape[0]
+            jointly = (jointly.clamp(min=0) + 3 * entries * torch.finfo(jointly.dtype).tiny).sqrt()
+        ub = torch.minimum(ub, jointly)
     return RowNorms(ub, _slack(graph, places, found, coefficients))
 
 
@@ -158,7 +163,7 @@ def exactly(rows: Tensor) -> Region:
 def largest(box: AnyBox, norm: str) -> Tensor:
     """The dual norm of the largest magnitudes of a box's entries, `[N]`."""
     magnitude = torch.maximum(-box.lb, box.ub).flatten(1)
-    return torch.linalg.vector_norm(magnitude, DUAL[norm], dim=1)
+    return euclidean_norm(magnitude, (1,)) if norm == "l2" else torch.linalg.vector_norm(magnitude, DUAL[norm], dim=1)
 
 
 def with_norm(graph: Snapshot, rows: Tensor, norm: str) -> Snapshot:

@@ -53,8 +53,7 @@ class Linear(AffineOp):
             out = Interval(self.forward(box.center), self.absolute(box.radius))
         if box.ball is None:
             return out
-        squared = replace(self, weight=self.weight.square(), bias=None).forward(_filled(box.ball).square())
-        return box.ball.meet(out, self.forward(box.ball.point), squared.sqrt())
+        return box.ball.meet(out, self.forward(box.ball.point), _half_axes(self, box.ball))
 
     def transpose(self, A: Tensor) -> Tensor:
         if self.weight.dim() == 2:
@@ -117,8 +116,7 @@ class Conv2d(AffineOp):
             out = Interval(self.forward(box.center), self.absolute(box.radius))
         if box.ball is None:
             return out
-        squared = replace(self, weight=self.weight.square(), bias=None).forward(_filled(box.ball).square())
-        return box.ball.meet(out, self.forward(box.ball.point), squared.sqrt())
+        return box.ball.meet(out, self.forward(box.ball.point), _half_axes(self, box.ball))
 
     def transpose(self, A: Tensor) -> Tensor:
         rows, batch, _, *out_size = A.shape
@@ -179,8 +177,13 @@ class Scale(AffineOp):
         return (A * self.shift).flatten(2).sum(-1)
 
 
-def _filled(ball: BallImage) -> Tensor:
-    return ball.scale.expand_as(ball.point)
+def _half_axes(op: Linear | Conv2d, ball: BallImage) -> Tensor:
+    """Greatest move of each output over the ball's image: the root of the sum of (weight * half-axis)^2."""
+    # Squares and their products may vanish below the smallest number; what each may lose is added.
+    tiny = torch.finfo(op.weight.dtype).tiny
+    axes = ball.scale.expand_as(ball.point).square() + tiny
+    squared = replace(op, weight=op.weight.square() + tiny, bias=None).forward(axes)
+    return (squared + tiny * op.weight[0].numel()).sqrt()
 
 
 @RULES.module(nn.Linear)
