@@ -34,6 +34,7 @@ class Average(NonNegativeOp):
 
 @RULES.module(nn.AvgPool2d)
 def _avg_pool(layer: nn.AvgPool2d, call: Call) -> Op:
+    _check_divisor(layer.divisor_override, call)
     return Average(layer.forward, call.args[0].shape)
 
 
@@ -45,9 +46,16 @@ def _adaptive(layer: nn.AdaptiveAvgPool2d, call: Call) -> Op:
 def _pool_function(target: Callable[..., Tensor]) -> Callable[[Call], Op]:
     def build(call: Call) -> Op:
         args, kwargs = call.args[1:], dict[str, Any](call.kwargs)
+        if target is F.avg_pool2d:
+            _check_divisor(call.argument(6, "divisor_override"), call)
         return Average(lambda x: target(x, *args, **kwargs), call.args[0].shape)
 
     return build
+
+
+def _check_divisor(divisor: int | None, call: Call) -> None:
+    if divisor is not None and divisor < 0:
+        raise call.refuse(f"an average with divisor_override={divisor} has negative weights; negate its output instead")
 
 
 for _target in (F.avg_pool2d, F.adaptive_avg_pool2d):

@@ -25,7 +25,7 @@ class BatchNorm(Op):
 
     layer: nn.modules.batchnorm._BatchNorm
     rank: int
-    """Axes of one example: 1 for `[B, C]`, 3 for `[B, C, H, W]`."""
+    """Axes of one example: 1 for `[B, C]`, 2 for `[B, C, L]`, 3 for `[B, C, H, W]`."""
 
     is_linear = True
 
@@ -54,7 +54,7 @@ class BatchNorm(Op):
 
 @RULES.module(nn.BatchNorm1d)
 def _batch_norm_1d(layer: nn.BatchNorm1d, call: Call) -> Op:
-    return _checked(layer, 1)
+    return _checked(layer, len(call.args[0].shape))
 
 
 @RULES.module(nn.BatchNorm2d)
