@@ -132,7 +132,8 @@ class Core:
         region = self.region
         if region.ball is None:
             return u
-        points = region.ball.project(self.pixels(u), region.x.expand(u.shape[1], *region.x.shape[1:]))
+        ball = region.ball.select(torch.zeros(u.shape[1], dtype=torch.int64, device=u.device))
+        points = ball.project(self.pixels(u), region.x.expand(u.shape[1], *region.x.shape[1:]))
         moved = (points - region.center) / torch.where(region.radius > 0, region.radius, 1.0)
         return moved.flatten(1).T.contiguous()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attacks.methods.margin_pgd import MarginPGD
 from attacks.methods.pgd import PGD
-from attacks.threat import LinfBall
+from attacks.threat import L1Ball, L2Ball, LinfBall
 from certify.bounds.crown import intermediate_boxes
 from certify.docket import Docket
 from certify.program import Program
@@ -199,3 +199,13 @@ def test_bab_on_a_network_that_it_cannot_split_is_refused_by_name() -> None:
     x = torch.rand(1, *INPUT, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="it has no rule for MinMax"):
         BranchAndBound()(model, x, model(x).argmax(1), LinfBall(0.05))
+
+
+@pytest.mark.parametrize("ball_type", [L2Ball, L1Ball])
+def test_a_radius_for_every_example_is_that_of_the_whole_batch(ball_type):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    x = torch.rand(3, 1, 3, 4)
+    y, eps = net(x).argmax(1), 0.3 if ball_type is L2Ball else 0.8
+    together, alone = (BranchAndBound()(net, x, y, ball_type(e)) for e in (torch.full((3,), eps), eps))
+    assert [v.status for v in together] == [v.status for v in alone]
