@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from attacks.constant_convolution import computes_as_its_class
 from certify.interval import BoxesAndPoints, Interval
 
 
@@ -273,11 +274,11 @@ class Rules:
         return add
 
     def for_module(self, module: nn.Module) -> ModuleRule | None:
-        """Rule of a layer: of its own class, or of the nearest base class whose `forward` it keeps."""
+        """Rule of a layer: of its own class, or of the nearest base class whose computation it keeps."""
         self._load()
         for kind in type(module).__mro__:
             if _dotted(kind) in self._modules:
-                return self._modules[_dotted(kind)] if getattr(kind, "forward", None) is type(module).forward else None
+                return self._modules[_dotted(kind)] if _computes_as(module, kind) else None
         return None
 
     def for_function(self, target: Any) -> FunctionRule | None:
@@ -300,6 +301,16 @@ class Rules:
 
 
 RULES = Rules()
+
+
+def _computes_as(module: nn.Module, kind: type) -> bool:
+    """Whether the module has the methods of `kind` that say what a layer computes."""
+    names = ("forward", "_conv_forward", "__call__", "_call_impl")
+    return (
+        computes_as_its_class(module)
+        and not {*names[1:]} & vars(module).keys()
+        and all(getattr(type(module), name, None) is getattr(kind, name, None) for name in names)
+    )
 
 
 def _dotted(kind: type) -> str:

@@ -110,10 +110,11 @@ def test_unstable_neurons_are_counted_more_closely_by_crown_and_all_rows_are() -
 
 def activations(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     values: list[torch.Tensor] = []
-    for module in model.modules():
-        if isinstance(module, nn.ReLU):
-            module.register_forward_hook(lambda _, __, value: values.append(value))
+    relus = [module for module in model.modules() if isinstance(module, nn.ReLU)]
+    handles = [relu.register_forward_hook(lambda _, __, value: values.append(value)) for relu in relus]
     model(x)
+    for handle in handles:
+        handle.remove()
     return values
 
 
