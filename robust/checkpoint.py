@@ -75,6 +75,7 @@ class Checkpoint:
         metrics: what was measured, by name.
         extra: anything else that JSON can hold.
         versions: software that wrote the checkpoint.
+        code: SHA-256 of the user's own file that the model was built from; not stored in the checkpoint.
     """
 
     model: nn.Module
@@ -83,6 +84,7 @@ class Checkpoint:
     metrics: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
+    code: str | None = None
 
     def save(self, path: Path) -> str:
         """Write the checkpoint whole or not at all; return its hash."""

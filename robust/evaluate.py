@@ -330,7 +330,9 @@ def _model_facts(checkpoint_or_model: Checkpoint | nn.Module) -> dict[str, Any]:
         model, name = checkpoint_or_model, type(checkpoint_or_model).__name__
         digest = content_hash(model.state_dict(), {"architecture": repr(model)})
     precision = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
-    return {"model": name, "checkpoint": digest, "precision": " and ".join(sorted(precision))}
+    facts = {"model": name, "checkpoint": digest, "precision": " and ".join(sorted(precision))}
+    code = checkpoint_or_model.code if isinstance(checkpoint_or_model, Checkpoint) else None
+    return facts if code is None else {**facts, "code": code}
 
 
 def _data_facts(data: DataSet, split: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ is never run. The weights still come from a state dict that is loaded without ru
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import sys
@@ -43,6 +44,14 @@ def own_network(text: str) -> nn.Module:
     if not names_file(text):
         raise OwnModelError(f"--model {text}: expected your own network, FILE.py:NAME; a checkpoint names any other")
     return _build(text)
+
+
+def code_hash(text: str) -> str | None:
+    """SHA-256 of the user's own file that a model's text names, by which an edited one is noticed; None for others.
+
+    What the file imports is not in it.
+    """
+    return hashlib.sha256(Path(text.partition(":")[0]).read_bytes()).hexdigest() if names_file(text) else None
 
 
 def own_among(trained: str, given: Sequence[str]) -> str | None:

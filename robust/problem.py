@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from attacks.threat import Ball, make_ball
@@ -12,7 +13,7 @@ from robust.flags import count, number_of
 from robust.hub import local_checkpoint
 from robust.images import Images
 from robust.model import names_file
-from robust.own_model import model_for, own_network
+from robust.own_model import code_hash, model_for, own_network
 from robust.tensor_file import written_here
 
 
@@ -36,6 +37,8 @@ def problem(options: argparse.Namespace) -> tuple[Checkpoint, DataSet, Ball]:
     own = options.model is not None and names_file(options.model) and written_here(options.checkpoint)
     if options.model is None or own:
         checkpoint = load(options.checkpoint, own_network(options.model) if own else None)
+        if own:
+            checkpoint = dataclasses.replace(checkpoint, code=code_hash(options.model))
         if options.data is None and "data" not in checkpoint.settings:
             raise CheckpointError(f"{options.checkpoint}: does not say which data set it was trained on; give --data")
         data = parse_dataset(options.data or checkpoint.settings["data"])(options.root)
@@ -50,7 +53,7 @@ def problem(options: argparse.Namespace) -> tuple[Checkpoint, DataSet, Ball]:
     ball = make_ball(options.norm or "linf", number_of("--eps", options.eps))
     facts = {"model": options.model, "data": options.data, "input_shape": list(data.input_shape)}
     facts.update(classes=len(data.classes), mean=list(data.mean), std=list(data.std))
-    return Checkpoint(model.eval(), facts, ball), data, ball
+    return Checkpoint(model.eval(), facts, ball, code=code_hash(options.model)), data, ball
 
 
 def images_of(options: argparse.Namespace, data: DataSet) -> Images:

@@ -14,6 +14,9 @@ from typing import Any
 from robust.files import JsonLines, encode
 from robust.report import Report, ReportError, Row, header_record, rows_path
 
+LATER_FACTS = frozenset({"code"})
+"""Facts that the reports of earlier versions lack; such reports are gone on with as far as the others agree."""
+
 
 class RowsOnDisk:
     """Rows of an evaluation in the file that `out` means, whole blocks only; nothing is written where `out` is None.
@@ -103,14 +106,16 @@ def _refuse_another_evaluation(
 ) -> None:
     there, here = _flat(earlier.header), _flat(json.loads(encode(header)))
     different = [
-        f"{name} is {there.get(name)!r} there and {here.get(name)!r} now"
-        for name in sorted({*there, *here})
-        if name != "started" and there.get(name) != here.get(name)
+        "the network's code changed"
+        if name == "code"
+        else f"{name} is {there.get(name)!r} there and {here.get(name)!r} now"
+        for name in sorted({*there, *here} - {"started"} - (LATER_FACTS - there.keys()))
+        if there.get(name) != here.get(name)
     ]
     if not different and whole is None:
         different = [f"it holds {len(earlier.rows)} rows that are not blocks of the {examples} examples asked for"]
     if different:
-        raise ReportError(f"{path} holds another evaluation: {'; '.join(different)}; give another output")
+        raise ReportError(f"{path} holds another evaluation: {'; '.join(different)}; give another --out")
 
 
 def _flat(header: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from robust.initialization import initialize_
 from robust.model import MODELS, names_file
 from robust.objective import OBJECTIVES
 from robust.optimizer import OPTIMIZERS
-from robust.own_model import check_named, model_for
+from robust.own_model import check_named, code_hash, model_for
 from robust.regularizer import REGULARIZERS
 from robust.schedule import SCHEDULES
 from robust.seeds import seeded
@@ -34,6 +34,9 @@ STATE, BEST, CHECKPOINT, LAST, LOG, SETTINGS = (
     "log.jsonl",
     "settings.json",
 )
+
+CODE = "code"
+"""What SETTINGS calls the hash of the user's own file; folders of earlier runs lack it."""
 
 
 class TrainingError(RuntimeError):
@@ -140,8 +143,15 @@ def training_data(settings: Settings, root: Path | None) -> DataSet:
     return data
 
 
+def settings_text(settings: Settings) -> str:
+    """Content of the file SETTINGS; of the user's own network it also says which code that was."""
+    code = code_hash(settings.model)
+    facts = settings.to_dict() if code is None else {**settings.to_dict(), CODE: code}
+    return json.dumps(facts, indent=2) + "\n"
+
+
 def refuse_other_settings(settings: Settings, out: Path) -> None:
-    """TrainingError where `out` holds work of a run with other settings."""
+    """TrainingError where `out` holds work of a run with other settings, or of an own network that was edited since."""
     path = out / SETTINGS
     log = out / LOG
     worked = (out / STATE).exists() or (out / CHECKPOINT).exists() or (log.exists() and log.stat().st_size > 0)
@@ -149,7 +159,8 @@ def refuse_other_settings(settings: Settings, out: Path) -> None:
         return
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
-        stored = Settings.from_dict(there).to_dict()
+        code = there.get(CODE)
+        stored = Settings.from_dict({name: value for name, value in there.items() if name != CODE}).to_dict()
     except (ValueError, AttributeError) as error:
         raise TrainingError(f"{path} holds no settings of this suite ({error}); choose another folder") from None
     changed = [
@@ -159,3 +170,8 @@ def refuse_other_settings(settings: Settings, out: Path) -> None:
     ]
     if changed:
         raise TrainingError(f"{out} holds a run with other settings ({'; '.join(changed)}); choose another folder")
+    if code is not None and code != code_hash(settings.model):
+        raise TrainingError(
+            f"{out} holds a run of {settings.model}, and the network's code changed since then; choose another folder "
+            "with --out"
+        )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -51,6 +50,7 @@ from robust.run_setup import (
     parse_perturbation,
     refuse_other_settings,
     refuse_undivided,
+    settings_text,
     training_data,
 )
 from robust.schedule import SCHEDULES, ramp_progress
@@ -257,7 +257,7 @@ class _Run:
                 log = stack.enter_context(JsonLines(self.out / LOG))
                 # Only now nobody else can be writing to the folder.
                 refuse_other_settings(self.settings, self.out)
-                write_whole(self.out / SETTINGS, json.dumps(self.settings.to_dict(), indent=2) + "\n")
+                write_whole(self.out / SETTINGS, settings_text(self.settings))
                 return self._saved()
 
             state = begin_folder() if self.team is None else self.team.from_lead(begin_folder)

@@ -357,7 +357,7 @@ def test_another_evaluation_in_the_same_folder_is_refused_and_kept(
     common = (checkpoint, "--out", "report", "--quiet", "--no-curve", "--verifier", "ibp", "--limit", 20)
     assert robust("certify", *common)[0] == 0
     before = {file: file.read_bytes() for file in Path("report").iterdir()}
-    refused(robust("certify", *common, "--eps", "0.02"), "ball.eps is 0.03 there and 0.02 now; give another output")
+    refused(robust("certify", *common, "--eps", "0.02"), "ball.eps is 0.03 there and 0.02 now; give another --out")
     refused(robust("certify", *common[:-2], "--verifier", "crown"), "verifier is 'ibp' there and 'crown' now")
     assert {file: file.read_bytes() for file in Path("report").iterdir()} == before
     assert robust("certify", *common)[0] == 0

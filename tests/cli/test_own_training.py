@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import runpy
 import sys
@@ -69,6 +70,34 @@ def test_it_is_trained_certified_exported_and_not_trained_again(here: Path, caps
     assert main([*TRAIN.split(), *QUIET]) == 0
     assert "the run in run is finished" in capsys.readouterr().out
     assert Path("run/checkpoint.safetensors").read_bytes() == before
+
+
+def test_an_edited_file_is_not_mixed_with_what_the_former_one_gave(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    certify = [*CERTIFY.split(), "--model", "my_net.py:Net", "--out", "report", *QUIET]
+    assert main([*TRAIN.split(), *QUIET]) == 0 and main(certify) == 0
+    Path("my_net.py").write_text(NET.replace("return self.body(x + self.shift)", "return self.body(x - self.shift)"))
+    capsys.readouterr()
+    assert main(certify) == 2
+    assert "report/rows.jsonl holds another evaluation: the network's code changed" in capsys.readouterr().err
+    assert main([*TRAIN.split(), *QUIET]) == 2
+    err = capsys.readouterr().err
+    assert "run holds a run of my_net.py:Net, and the network's code changed since then" in err and "--out" in err
+
+
+def test_folders_that_do_not_say_which_code_it_was_are_gone_on_with(here: Path) -> None:
+    certify = [*CERTIFY.split(), "--model", "my_net.py:Net", "--out", "report", *QUIET]
+    assert main([*TRAIN.split(), *QUIET]) == 0 and main(certify) == 0
+    settings, rows = Path("run/settings.json"), Path("report/rows.jsonl")
+    facts = json.loads(settings.read_text())
+    assert len(facts.pop("code")) == 64
+    settings.write_text(json.dumps(facts))
+    header, *lines = rows.read_text().splitlines()
+    old = json.loads(header)
+    assert old["header"].pop("code") == hashlib.sha256(NET.encode()).hexdigest()
+    rows.write_text("\n".join([json.dumps(old), *lines]) + "\n")
+    assert main([*TRAIN.split(), *QUIET]) == 0 and main(certify) == 0
 
 
 def test_its_checkpoint_does_not_run_the_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
