@@ -38,6 +38,9 @@ from robust.versions import versions
 BLOCK = 100
 """Examples that are decided and written together where the verifier does not say how many suit it."""
 
+HASHED_IMAGES = 16
+"""Images whose pixels tell versions of a data set apart; all of them would have to be decoded before the first row."""
+
 
 class AnyVerifier(Protocol):
     """What `evaluate` needs of a verifier: one verdict per example, in order; `index` keys its noise.
@@ -336,11 +339,20 @@ def _model_facts(checkpoint_or_model: Checkpoint | nn.Module) -> dict[str, Any]:
 
 
 def _data_facts(data: DataSet, split: str) -> dict[str, Any]:
-    """Name and classes, and a hash of all labels and the first image, which tells versions of a data set apart."""
+    """Name and classes, a hash of all labels and the first image, and one of some images spread over the split, which
+    tell versions of a data set apart."""
     images: Images = getattr(data, split)
-    first = {"image": images.batch(torch.tensor([0]))[0]} if len(images) else {}
-    digest = content_hash({"labels": images.labels, **first}, {})
-    return {"data": data.name, "split": split, "data_hash": digest, "classes": list(data.classes)}
+    spread = [i * len(images) // HASHED_IMAGES for i in range(HASHED_IMAGES)] if len(images) else []
+    # One by one, because images in files may differ in size.
+    some = {str(i): images.batch(torch.tensor([i]))[0] for i in spread}
+    first = {"image": some["0"]} if some else {}
+    return {
+        "data": data.name,
+        "split": split,
+        "data_hash": content_hash({"labels": images.labels, **first}, {}),
+        "image_hash": content_hash(some, {}),
+        "classes": list(data.classes),
+    }
 
 
 def _device(model: nn.Module) -> torch.device:

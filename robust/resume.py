@@ -14,7 +14,7 @@ from typing import Any
 from robust.files import JsonLines, encode
 from robust.report import Report, ReportError, Row, header_record, rows_path
 
-LATER_FACTS = frozenset({"code"})
+LATER_FACTS = frozenset({"code", "image_hash"})
 """Facts that the reports of earlier versions lack; such reports are gone on with as far as the others agree."""
 
 

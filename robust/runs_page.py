@@ -73,10 +73,18 @@ def rate_names(runs: Sequence[JudgedRun]) -> list[str]:
 def incomparable(runs: Sequence[JudgedRun]) -> list[str]:
     """What the runs were not judged alike on, in words; empty where their rates can be compared."""
     words = {"data_hash": "the images", "split": "the part of the data set", "ball": "norm, radius or pixel range"}
-    found = [words[name] for name in DECIDING if not _alike(run.report.header.get(name) for run in runs)]
+    alike = {name: _alike(run.report.header.get(name) for run in runs) for name in DECIDING}
+    alike["data_hash"] = _same_images(runs)
+    found = [words[name] for name in DECIDING if not alike[name]]
     if not _alike([row.index for row in run.report.rows] for run in runs):
         found.append("which images of the data set were judged")
     return found
+
+
+def _same_images(runs: Sequence[JudgedRun]) -> bool:
+    """Whether the reports tell of the same images, as far as they do: earlier ones have no `image_hash`."""
+    told = {run.report.header.get("image_hash") for run in runs} - {None}
+    return len(told) < 2 and _alike(run.report.header.get("data_hash") for run in runs)
 
 
 def _alike(values: Any) -> bool:
@@ -204,7 +212,7 @@ def _metrics(runs: Sequence[JudgedRun]) -> list[str]:
 
 def _images(runs: Sequence[JudgedRun]) -> str:
     """The same images in every run: verdict, margin and nearest adversarial example."""
-    if not _alike(run.report.header.get("data_hash") for run in runs) or all(run.near is None for run in runs):
+    if not _same_images(runs) or all(run.near is None for run in runs):
         return ""
     rows = [{row.index: row for row in run.report.rows} for run in runs]
     shown = [row.index for row in runs[0].report.rows if all(row.index in found for found in rows)][:SHOWN_IMAGES]

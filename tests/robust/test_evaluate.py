@@ -315,6 +315,18 @@ def test_another_evaluation_is_not_mixed_in(
     assert (tmp_path / "rows.jsonl").read_bytes() == before
 
 
+def test_a_replaced_image_is_noticed_where_the_report_has_the_hash_of_some(tmp_path: Path) -> None:
+    before, after = data(), data()
+    assert isinstance(after.test, MemoryImages)
+    after.test.pixels[7] = 1 - after.test.pixels[7]
+    path = tmp_path / "rows.jsonl"
+    report = evaluate(linear_model(), before, BALL, None, out=path, limit=4)
+    with pytest.raises(ReportError, match=r"another evaluation: image_hash is '\w+' there and '\w+' now"):
+        evaluate(linear_model(), after, BALL, None, out=path, limit=4)
+    Report({name: fact for name, fact in report.header.items() if name != "image_hash"}, report.rows).save(path)
+    assert evaluate(linear_model(), after, BALL, None, out=path, limit=4).rows == report.rows
+
+
 def test_a_file_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
     for content in ('{"epoch": 1}\n', "notes of mine\n"):
         (tmp_path / "log.jsonl").write_text(content)

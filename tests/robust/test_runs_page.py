@@ -50,6 +50,7 @@ def a_run(folder: Path, images: Path, model: str, objective: str, **header: Any)
 
 
 def three_runs(folder: Path) -> list[Path]:
+    folder.mkdir(exist_ok=True)
     images = folder / "own.npz"
     np.savez(images, x=np.zeros((12, 6, 6), np.uint8), y=np.array([0, 1] * 6))
     folders = [folder / name for name in ("sabr", "mtl_ibp", "a_run_with_quite_a_long_name")]
@@ -103,6 +104,11 @@ def test_runs_that_were_judged_on_other_terms_are_told_apart(tmp_path: Path) -> 
         given = Report.load(folder / "certify")
         Report({**given.header, **changed}, given.rows).save(folder / "certify")
         assert incomparable(judged_runs([first, folder])) == [word]
+    for folder, digest, words in ((first, "one", []), (second, "other", ["norm, radius or pixel range"])):
+        given = Report.load(folder / "certify")
+        Report({**given.header, "image_hash": digest}, given.rows).save(folder / "certify")
+        assert incomparable(judged_runs([folder, three_runs(tmp_path / digest)[0]])) == words, "that one has none"
+    assert incomparable(judged_runs([first, second])) == ["the images", "norm, radius or pixel range"]
     given = Report.load(first / "certify")
     Report(given.header, given.rows[:5]).save(second / "certify")
     assert incomparable(judged_runs([first, second])) == ["which images of the data set were judged"]
