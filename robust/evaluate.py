@@ -105,8 +105,8 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"expected a batch size of 1 or more, got {batch_size}")
     header = {
-        **_model_facts(checkpoint_or_model),
-        **_data_facts(data, split),
+        **model_facts(checkpoint_or_model),
+        **data_facts(data, split),
         "ball": ball_facts(ball),
         "verifier": describe(VERIFIERS, verifier),
         "attack": describe(ATTACKS, attack),
@@ -325,7 +325,8 @@ def describe(registry: Registry, method: object | None) -> str | None:
     return getattr(method, "__qualname__", type(method).__qualname__)
 
 
-def _model_facts(checkpoint_or_model: Checkpoint | nn.Module) -> dict[str, Any]:
+def model_facts(checkpoint_or_model: Checkpoint | nn.Module) -> dict[str, Any]:
+    """Name, hash and precision of a network, and the hash of its code where it is the user's own."""
     if isinstance(checkpoint_or_model, Checkpoint):
         model, digest = checkpoint_or_model.model, checkpoint_or_model.hash()
         name = checkpoint_or_model.settings["model"]
@@ -338,7 +339,7 @@ def _model_facts(checkpoint_or_model: Checkpoint | nn.Module) -> dict[str, Any]:
     return facts if code is None else {**facts, "code": code}
 
 
-def _data_facts(data: DataSet, split: str) -> dict[str, Any]:
+def data_facts(data: DataSet, split: str) -> dict[str, Any]:
     """Name and classes, a hash of all labels and the first image, and one of some images spread over the split, which
     tell versions of a data set apart."""
     images: Images = getattr(data, split)

@@ -90,14 +90,15 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 def _read(name: str, folder: Path) -> JudgedRun:
     sources = Sources.load(folder)
     log = Path(sources.log) if sources is not None and sources.log is not None else folder.parent / LOG
+    report = Report.load(folder)
     return JudgedRun(
         name,
-        Report.load(folder),
+        report,
         _settings(log.parent / SETTINGS),
         read_json_lines(log) if log.is_file() else (),
         sources,
         NearestExamples.load(folder),
-        Constants.load(folder.parent / LIPSCHITZ_FOLDER),
+        Constants.load(folder.parent / LIPSCHITZ_FOLDER, report.header),
     )
 
 

@@ -113,7 +113,7 @@ def draw(report: Report, out: Path, sources: Sources | None, images: Images | No
         images=images,
         log=log if log is not None and log.exists() else None,
         curve=sources.curve if sources is not None else None,
-        constants=Constants.load(out.parent / LIPSCHITZ_FOLDER),
+        constants=Constants.load(out.parent / LIPSCHITZ_FOLDER, report.header),
     )
     print(summary_lines(report))
     print(f"report: {page}")

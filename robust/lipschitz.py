@@ -61,13 +61,17 @@ class Constants:
     words: str
 
     @classmethod
-    def load(cls, folder: Path) -> Constants | None:
-        """Those in `folder`, None where there are none; ValueError where the file is none of `measure`."""
+    def load(cls, folder: Path, report: Mapping[str, Any]) -> Constants | None:
+        """Those in `folder`; None where there are none of the network that the header of a report names.
+
+        Raises:
+            ValueError: the file is none of `measure`.
+        """
         path = folder / ROWS_FILE
         if not path.exists():
             return None
         header, *rows = read_json_lines(path) or [{}]
-        if not rows:
+        if not rows or any(header.get(name) != report.get(name) for name in ("checkpoint", "code")):
             return None
         try:
             what = "margins" if header["margins"] else "logits"
@@ -94,7 +98,7 @@ def measure(
     """The summary; rows, summary and pictures are written to `out`. Rows that are there already are not measured again.
 
     Args:
-        source: what else the rows depend on (checkpoint, data), kept in the file's first line.
+        source: what else the rows depend on (`model_facts`, `data_facts`), kept in the file's first line.
 
     Raises:
         ValueError: `out` holds rows of another measurement.
@@ -105,7 +109,10 @@ def measure(
         if not rows.records:
             rows.append([header])
         elif rows.records[0] != header:
-            raise ValueError(f"{out / ROWS_FILE} holds another measurement, {rows.records[0]}; give another --out")
+            there = rows.records[0]
+            other = [name for name in {**there, **header} if there.get(name) != header.get(name)]
+            words = ", ".join(f"{name} is {there.get(name)!r} there and {header.get(name)!r} now" for name in other)
+            raise ValueError(f"{out / ROWS_FILE} holds another measurement ({words}); give another --out")
         done = len(rows.records) - 1
         with tqdm(total=count, initial=done, disable=not progress, unit="example", dynamic_ncols=True) as bar:
             for begin in range(done, count, plan.batch_size):

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from certify.lipschitz.local import METHODS
+from robust.evaluate import data_facts, model_facts
 from robust.flags import usable_device
 from robust.judging import add_evaluation
 from robust.lipschitz import LIPSCHITZ_FOLDER, Plan, measure
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     plan = Plan(
         options.method, tuple(chosen.items()), options.margins, 0 if options.no_curve else 20, options.batch_size or 100
     )
-    source = {"checkpoint": str(options.checkpoint), "data": data.name, "split": options.split}
+    source = {**model_facts(checkpoint), **data_facts(data, options.split)}
     summary = measure(
         checkpoint.model.to(device),
         images,

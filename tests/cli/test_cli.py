@@ -8,6 +8,7 @@ import json
 import pickle
 import pkgutil
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -522,12 +523,31 @@ def test_lipschitz_writes_rows_a_summary_and_pictures_and_goes_on(robust: Cli, c
     assert summary["over_eps"]["constant"] == sorted(summary["over_eps"]["constant"])
     pictures = {"lipschitz_histogram.png", "lipschitz_per_class.png", "lipschitz_over_eps.png"}
     assert pictures <= {path.name for path in Path("constants").iterdir()}
-    refused(robust("lipschitz", *common, "--eps", "0.01"), "holds another measurement", "give another --out")
+    refused(robust("lipschitz", *common, "--eps", "0.01"), "holds another measurement (ball is", "give another --out")
     refused(robust("lipschitz", *common[:-2], "--method", "exact", "--states", "crown"), "holds another measurement")
     refused(
         robust("lipschitz", checkpoint, "--out", "other", "--quiet", "--method", "exact", "--states", "crown"),
         "method 'exact' has no option 'states'; options: most",
     )
+
+
+def test_constants_belong_to_the_network_and_the_images_and_not_to_the_path(
+    robust: Cli, checkpoint: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    path = Path(shutil.copy(checkpoint, run))
+    common = ("--limit", 2, "--no-curve", "--quiet")
+    assert robust("lipschitz", path, *common)[0] == 0
+    assert robust("certify", path, *common, "--verifier", "ibp")[0] == 0
+    words = "Local Lipschitz constants of the logits around 2 images"
+    assert words in (run / "certify" / "report.html").read_text()
+    other = load(path)
+    next(other.model.parameters()).data.mul_(2)
+    other.save(path)
+    refused(robust("lipschitz", path, *common), "holds another measurement (checkpoint is", "give another --out")
+    assert robust("certify", path, *common, "--verifier", "ibp", "--out", run / "again")[0] == 0
+    assert words not in (run / "again" / "report.html").read_text()
 
 
 def test_an_interrupted_command_that_begins_anew_does_not_promise_more(
