@@ -14,6 +14,9 @@ from robust.images import Decoder, FileImages
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
+PART_NAMES = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
+"""What people call the parts of a data set; hardly a class."""
+
 
 @DATASETS.register("folder")
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Folder:
 
     Raises:
         MissingData: there is no such folder.
-        ValueError: there are no class folders with images, or test classes that training does not have.
+        ValueError: there are no class folders with images, test classes that training does not have, or parts under
+            other names, such as Train/ or testing/.
     """
 
     path: str
@@ -96,6 +100,12 @@ def _parts(path: Path, decoder: Decoder) -> tuple[FileImages, FileImages, tuple[
         if (path / "train").is_dir():
             raise ValueError(f"{path}: has train but neither test nor val")
         classes = class_names(path)
+        parts = [name for name in classes if name.casefold() in PART_NAMES]
+        if parts:
+            raise ValueError(
+                f"{path}: {' and '.join(parts)} would be read as classes; expected train/CLASS/... and test/CLASS/... "
+                "(or val/CLASS/...), named exactly so"
+            )
         test = read_classes(path, classes, decoder)
         return test.subset(torch.empty(0, dtype=torch.int64)), test, classes
     if not (path / "train").is_dir():

@@ -53,6 +53,17 @@ def test_a_size_makes_images_alike(tmp_path):
     assert data.test.batch(torch.arange(4))[0].shape == (4, 3, 4, 4)
 
 
+@pytest.mark.parametrize(
+    "names", [("training", "testing"), ("Train", "Test"), ("TRAIN", "valid"), ("cat", "Validation")]
+)
+def test_parts_under_other_names_are_not_taken_for_classes(tmp_path, names):
+    for name in names:
+        fill(tmp_path / name, {"a": 1, "b": 2})
+    with pytest.raises(ValueError, match="would be read as classes; expected train/CLASS/") as refusal:
+        parse_dataset(f"folder:{tmp_path}")()
+    assert "\n" not in str(refusal.value) and names[1] in str(refusal.value)
+
+
 def test_folders_that_are_not_as_described_are_refused(tmp_path):
     with pytest.raises(MissingData, match="there is no folder"):
         parse_dataset(f"folder:{tmp_path}/none")()
