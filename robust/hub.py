@@ -167,12 +167,19 @@ def _asked(repository: str, request: Any) -> Any:
     except ImportError:
         raise HubError("huggingface_hub is not installed; pip install 'robust-suite[hub]'") from None
     errors = importlib.import_module("huggingface_hub.errors")
+    # Versions of the client build on different HTTP packages; its own error inherits from the package's, which those
+    # of an unplugged network or an unknown host are, too.
+    http_errors = errors.HfHubHTTPError.__bases__
     try:
         return request(hub)
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, RuntimeError) as error:
+    except (*http_errors, errors.LocalEntryNotFoundError, OSError, RuntimeError) as error:
         # The client says of a large file only that its upload failed; why stands behind it.
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         reason = " ".join(str(cause).split())[:200]
-        refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
-        advice = "; for a private repository or an upload: `hf auth login`, or $HF_TOKEN" if refused else ""
+        response = getattr(error, "response", None)
+        advice = ""
+        if getattr(response, "status_code", None) in (401, 403):
+            advice = "; for a private repository or an upload: `hf auth login`, or $HF_TOKEN"
+        elif response is None and isinstance(error, http_errors) and getattr(error, "errno", None) is None:
+            advice = "; is there a network, and does it need $HTTPS_PROXY? Then the same command again"
         raise HubError(f"{repository}: the Hugging Face Hub gave no answer that helps ({reason}){advice}") from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -160,6 +161,18 @@ def test_what_the_hub_does_not_have_is_one_line(server: Hub, tmp_path: Path) -> 
     absent = certify("hf:user/nothing", tmp_path, HF_ENDPOINT=server.address)
     assert absent.returncode == 2 and len(absent.stderr.splitlines()) == 1
     assert absent.stderr.startswith("robust: user/nothing: the Hugging Face Hub gave no answer that helps")
+
+
+def test_without_a_network_one_line_says_so(
+    server: Hub, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nobody listens there
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        assert main(["push", str(run / "checkpoint.safetensors"), "user/name"]) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("robust: user/name: the Hugging Face Hub gave no answer that helps (") and "\n" not in err
+    assert "is there a network, and does it need $HTTPS_PROXY?" in err
 
 
 def test_names_are_checked_and_files_stay_files() -> None:
