@@ -6,11 +6,12 @@ is never run. The weights still come from a state dict that is loaded without ru
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -86,6 +87,11 @@ def model_for(text: str, data: DataSet) -> nn.Module:
 
 def _build(text: str) -> nn.Module:
     """What NAME in FILE.py makes without arguments: a class, a function, or a network that is already there."""
+    with _running(Path(text.partition(":")[0])):
+        return _made(text)
+
+
+def _made(text: str) -> nn.Module:
     file, _, name = text.partition(":")
     module = _imported(Path(file))
     made_here = [
@@ -113,20 +119,33 @@ def _build(text: str) -> nn.Module:
     return model
 
 
+@contextlib.contextmanager
+def _running(path: Path) -> Iterator[None]:
+    """Context for the user's code: as a script it can import what lies beside it."""
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
 def _imported(path: Path) -> ModuleType:
     if not path.is_file():
         raise OwnModelError(f"--model: there is no file {path} (looked for {path.resolve()})")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # Its own name, my_net, may be that of another module.
+    name = f"own_network_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # As for a script: what lies beside the file can be imported by it.
-    sys.path.insert(0, str(path.resolve().parent))
+    sys.modules[name] = module  # dataclasses look there for the names in their annotations
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except BaseException as error:
+        del sys.modules[name]
+        if not isinstance(error, Exception):
+            raise
         raise OwnModelError(f"--model: {path} cannot be imported: {_first_line(error)}") from error
-    finally:
-        sys.path.remove(str(path.resolve().parent))
     return module
 
 

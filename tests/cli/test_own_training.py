@@ -15,7 +15,7 @@ from torch import nn
 from robust.checkpoint import CheckpointError, load
 from robust.cli import main
 from robust.dataset import parse_dataset
-from robust.own_model import own_among, own_network
+from robust.own_model import OwnModelError, own_among, own_network
 from robust.run_setup import build_model
 from robust.settings import Settings
 from tests.robust.runs import REPOSITORY
@@ -168,6 +168,30 @@ def test_points_that_fool_it_are_stored(here: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", [str(script), *words.split()])
     runpy.run_path(str(script), run_name="__main__")
     assert Path("points.npz").exists()
+
+
+def test_its_file_may_hold_dataclasses_and_import_its_neighbours_late(here: Path) -> None:
+    Path("neighbour_of_net.py").write_text("WIDTH = 5\n")
+    Path("my_net.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from torch import nn\n"
+        "@dataclass\n"
+        "class Sizes:\n"
+        "    width: int = 4\n"
+        "def net():\n"
+        "    from neighbour_of_net import WIDTH\n"
+        "    return nn.Linear(Sizes().width, WIDTH)\n"
+    )
+    before, known = list(sys.path), set(sys.modules)
+    assert own_network("my_net.py:net")(torch.zeros(2, 4)).shape == (2, 5)
+    assert sys.path == before
+    Path("my_net.py").write_text("raise ValueError('of mine')\n")
+    Path("elsewhere").mkdir()
+    Path("my_net.py").rename("elsewhere/my_net.py")
+    with pytest.raises(OwnModelError, match="cannot be imported: ValueError: of mine"):
+        own_network("elsewhere/my_net.py:net")
+    assert len({name for name in set(sys.modules) - known if name.startswith("own_network_")}) == 1
 
 
 def test_two_runs_of_a_seed_start_from_the_same_weights_and_as_built_keeps_the_files(here: Path) -> None:
