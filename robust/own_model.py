@@ -121,11 +121,16 @@ def _made(text: str) -> nn.Module:
 
 @contextlib.contextmanager
 def _running(path: Path) -> Iterator[None]:
-    """Context for the user's code: as a script it can import what lies beside it."""
+    """Context for the user's code: as a script it can import what lies beside it, but it cannot end the command."""
     folder = str(path.resolve().parent)
     sys.path.insert(0, folder)
     try:
         yield
+    except SystemExit as error:
+        raise OwnModelError(
+            f"--model: {path} would end the command ({_first_line(error)}); put what it does as a script, such as "
+            'reading arguments, under if __name__ == "__main__":'
+        ) from error
     finally:
         sys.path.remove(folder)
 

@@ -194,6 +194,21 @@ def test_its_file_may_hold_dataclasses_and_import_its_neighbours_late(here: Path
     assert len({name for name in set(sys.modules) - known if name.startswith("own_network_")}) == 1
 
 
+@pytest.mark.parametrize(
+    "file",
+    [
+        "import sys\nsys.exit()",
+        "import argparse\nargparse.ArgumentParser().parse_args(['--unknown'])",
+        "import sys\ndef net(): sys.exit(3)",
+    ],
+)
+def test_a_file_that_ends_the_command_is_refused(here: Path, file: str) -> None:
+    Path("my_net.py").write_text(file)
+    with pytest.raises(OwnModelError, match=r"my_net\.py would end the command \(SystemExit") as refusal:
+        own_network("my_net.py:net")
+    assert 'under if __name__ == "__main__":' in str(refusal.value) and "\n" not in str(refusal.value)
+
+
 def test_two_runs_of_a_seed_start_from_the_same_weights_and_as_built_keeps_the_files(here: Path) -> None:
     data = parse_dataset("digits")()
     settings = {"data": "digits", "model": "my_net.py:Net", "seed": 3}
