@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -67,13 +69,7 @@ def read_npz(
     """(train, test, class names) of an archive as `Npz` describes it; either is empty where it is not in there."""
     if not path.is_file():
         raise MissingData(f"npz: there is no file {path} (looked for {path.resolve()})")
-    try:
-        archive = np.load(path, allow_pickle=False)
-    except (ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a numpy .npz archive ({error})") from error
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError(f"{path}: a single array; expected an .npz archive with arrays x and y")
-    with archive:
+    with _opened(path) as archive:
         found = [names for names in PARTS if names[0] in archive]
         if not found or (len(found) > 1 and ("x", "y") in found):
             raise ValueError(
@@ -96,6 +92,21 @@ def read_npz(
     if len(parts) == 2:
         return parts[0], parts[1], classes
     return (parts[0], nothing, classes) if found == [("x_train", "y_train")] else (nothing, parts[0], classes)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
+    # A file that numpy opened itself stays open where it is no archive.
+    with path.open("rb") as file:
+        try:
+            archive = np.load(file, allow_pickle=False)
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            # Not in numpy's words: it takes any other bytes for a pickle, and says how to run it.
+            raise ValueError(f"{path}: not a numpy .npz archive, or cut off; numpy.savez writes one") from error
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError(f"{path}: a single array; expected an .npz archive with arrays x and y")
+        with archive:
+            yield archive
 
 
 def _array(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> np.ndarray:

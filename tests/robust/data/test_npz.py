@@ -81,6 +81,14 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04cut off", b"\x93NUMPY"])
+def test_a_file_that_is_no_archive_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "mine.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"mine\.npz: not a numpy \.npz archive") as caught:
+        parse_dataset(f"npz:{tmp_path}/mine.npz")()
+    assert "\n" not in str(caught.value) and "unsafely" not in str(caught.value)
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_arrays_are_refused_in_one_line(tmp_path, case):
     arrays, message = WRONG[case]
