@@ -24,6 +24,12 @@ class Ramp(Schedule, Protocol):
     end: float
 
 
+def check_ramp(name: str, start: float, end: float) -> None:
+    """ValueError where a ramp begins before the run or ends before it begins; one without length is a jump."""
+    if not 0 <= start <= end:
+        raise ValueError(f"{name}: start={start:g},end={end:g}: expected epochs with 0 <= start <= end")
+
+
 def ramp_progress(schedule: Schedule, step: int, steps_per_epoch: int) -> float:
     """Share of the ramp's steps that lie behind, in [0, 1]; 1 for a schedule without a ramp."""
     # In whole steps, as the schedules count, so that the ramp is over exactly when the full radius is reached.

@@ -89,6 +89,10 @@ class Settings:
             raise SettingsError(f"train_eps_factor={self.train_eps_factor}: expected a positive factor")
         if self.select == "best" and self.validation == 0:
             raise SettingsError("select='best' needs validation images; set validation above 0")
+        if not self.clip_norm >= 0:
+            raise SettingsError(
+                f"clip_norm={self.clip_norm}: expected a positive norm, 0 for none or -1 for the default"
+            )
         if not 0 <= self.micro_batch <= self.batch_size:
             raise SettingsError(f"micro_batch={self.micro_batch}: expected 0 to batch_size={self.batch_size}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -66,6 +67,8 @@ class PGD:
     def __post_init__(self) -> None:
         if self.steps < 0 or self.restarts < 1:
             raise ValueError(f"expected steps >= 0 and restarts >= 1, got {self.steps} and {self.restarts}")
+        if self.step_size is not None and not 0 < self.step_size < math.inf:
+            raise ValueError(f"expected a finite step_size > 0, got {self.step_size}")
         if self.keep == "last" and self.restarts > 1:
             raise ValueError("keep='last' leaves nothing to compare restarts by; use keep='best' or restarts=1")
 

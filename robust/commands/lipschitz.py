@@ -28,6 +28,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    if options.timeout is not None and not options.timeout >= 0:
+        raise ValueError(f"--timeout {options.timeout:g}: expected seconds, from 0")
     device = usable_device(options.device)
     checkpoint, data, ball = problem(options)
     images = images_of(options, data)

@@ -35,6 +35,10 @@ class EMA:
     every: Literal["step", "epoch"] = "step"
     batch_norm: Literal["reestimate", "copy", "average"] = "reestimate"
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema: decay={self.decay}: expected a share in [0, 1)")
+
     def start(self, run: RunFacts) -> Active:
         return _Active(self)
 

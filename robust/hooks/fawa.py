@@ -33,6 +33,10 @@ class FAWA:
     threshold: float = 0.24
     attack: Attack = method_field(ATTACKS, PGD(steps=10, step_size=0.25, keep="last"))
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"fawa: decay={self.decay}: expected a share in [0, 1)")
+
     def start(self, run: RunFacts) -> Active:
         return _Active(self, run)
 

@@ -43,6 +43,10 @@ class CCIBP:
 
     defaults: ClassVar[RunDefaults] = CERTIFIED
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.ibp_weight <= 1:
+            raise ValueError(f"cc_ibp: ibp_weight={self.ibp_weight}: expected a share in [0, 1]")
+
     def __call__(self, views: Views) -> dict[str, Tensor]:
         x_adv = adversarial(views, self.attack, self.attack_factor, self.statistics)
         logits, network = attacked_and_bounding(views, x_adv, self.bounds_statistics)

@@ -47,6 +47,10 @@ class ExpIBP:
     defaults: ClassVar[RunDefaults] = CERTIFIED
     of_the_batch: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.ibp_weight <= 1:
+            raise ValueError(f"exp_ibp: ibp_weight={self.ibp_weight}: expected a share in [0, 1]")
+
     def __call__(self, views: Views) -> dict[str, Tensor]:
         x_adv = adversarial(views, self.attack, self.attack_factor, self.statistics)
         logits, network = attacked_and_bounding(views, x_adv, self.bounds_statistics)

@@ -38,6 +38,10 @@ class SABR:
 
     defaults: ClassVar[RunDefaults] = CERTIFIED
 
+    def __post_init__(self) -> None:
+        if not 0 < self.box_ratio <= 1:
+            raise ValueError(f"sabr: box_ratio={self.box_ratio}: expected a share in (0, 1]")
+
     def __call__(self, views: Views) -> dict[str, Tensor]:
         x_adv = adversarial(views, self.attack, statistics=self.statistics)
         small = small_box(views.box, x_adv, self.box_ratio)

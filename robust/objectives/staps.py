@@ -39,6 +39,10 @@ class STAPS:
     defaults: ClassVar[RunDefaults] = CERTIFIED
     of_the_batch: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if not 0 < self.box_ratio <= 1:
+            raise ValueError(f"staps: box_ratio={self.box_ratio}: expected a share in (0, 1]")
+
     def __call__(self, views: Views) -> dict[str, Tensor]:
         x_adv = adversarial(views, self.attack, statistics=self.statistics)
         taps = TAPS(

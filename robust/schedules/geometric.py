@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from robust.schedule import SCHEDULES, ramp_progress
+from robust.schedule import SCHEDULES, check_ramp, ramp_progress
 
 
 @SCHEDULES.register("geometric")
@@ -21,6 +21,7 @@ class Geometric:
     final: float = 1.0
 
     def __post_init__(self) -> None:
+        check_ramp("geometric", self.start, self.end)
         if min(self.initial, self.final) <= 0:
             raise ValueError(f"geometric: equal ratios need positive ends, got {self.initial} and {self.final}")
 

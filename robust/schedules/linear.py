@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from robust.schedule import SCHEDULES, ramp_progress
+from robust.schedule import SCHEDULES, check_ramp, ramp_progress
 
 
 @SCHEDULES.register("linear")
@@ -19,6 +19,9 @@ class Linear:
     start: float = 0.0
     end: float = 20.0
     initial: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_ramp("linear", self.start, self.end)
 
     def __call__(self, step: int, steps_per_epoch: int, epochs: int) -> float:
         return self.initial + (1 - self.initial) * ramp_progress(self, step, steps_per_epoch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from robust.schedule import SCHEDULES
+from robust.schedule import SCHEDULES, check_ramp
 
 
 @SCHEDULES.register("smooth")
@@ -26,6 +26,9 @@ class Smooth:
     end: float = 20.0
     middle: float = 0.25
     power: float = 4.0
+
+    def __post_init__(self) -> None:
+        check_ramp("smooth", self.start, self.end)
 
     def __call__(self, step: int, steps_per_epoch: int, epochs: int) -> float:
         first, last = round(self.start * steps_per_epoch), round(self.end * steps_per_epoch)

@@ -279,6 +279,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         ("certify CHECKPOINT --data ONLYTEST --split train", "no images in its part 'train'; choose the other --split"),
         ("certify CHECKPOINT --model cnn5 --data digits --eps 0.1", "the weights do not fit the model; missing:"),
         ("certify CHECKPOINT --model cnn5", "a plain state dict also needs --data and --eps"),
+        ("lipschitz CHECKPOINT --timeout -3", "--timeout -3: expected seconds, from 0"),
         ("attack CHECKPOINT --attack pgb", "no attack named 'pgb' (did you mean 'pgd'?)"),
         ("attack CHECKPOINT --attack pgd:step=3", "attack 'pgd' has no field 'step' (did you mean 'steps'?)"),
         ("report gone", "gone/rows.jsonl: no such report; `robust certify` and `robust attack` write one"),

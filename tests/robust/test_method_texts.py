@@ -6,7 +6,11 @@ import dataclasses
 
 import pytest
 
+from attacks.attack import ATTACKS
+from robust.hook import HOOKS
 from robust.method_texts import value_at, with_field, with_methods
+from robust.objective import OBJECTIVES
+from robust.schedule import SCHEDULES
 from robust.settings import Settings, SettingsError, load_recipe, recipe_names
 
 
@@ -46,6 +50,29 @@ def test_one_value_changes_and_nothing_else(path, text, setting, spelled):
 def test_what_is_not_there_is_answered_with_what_is(path, text, message):
     with pytest.raises(SettingsError, match=message):
         with_field(Settings(), path, text)
+
+
+@pytest.mark.parametrize(
+    "registry, text, message",
+    [
+        *((HOOKS, f"{name}:decay={value}", "a share in") for name in ("ema", "fawa") for value in ("1", "-0.1")),
+        *((OBJECTIVES, f"{n}:box_ratio={value}", "a share in") for n in ("sabr", "staps") for value in ("0", "1.1")),
+        *(
+            (OBJECTIVES, f"{name}:ibp_weight={value}", "a share in")
+            for name in ("mtl_ibp", "cc_ibp", "exp_ibp")
+            for value in ("-0.1", "5")
+        ),
+        *(
+            (SCHEDULES, f"{name}:{fields}", "expected epochs with 0 <= start <= end")
+            for name in ("smooth", "linear", "geometric")
+            for fields in ("start=20,end=10", "start=-1")
+        ),
+        *((ATTACKS, f"pgd:step_size={value}", "a finite step_size > 0") for value in ("0", "-0.1", "inf")),
+    ],
+)
+def test_impossible_values_are_refused(registry, text, message):
+    with pytest.raises(ValueError, match=message):
+        registry.parse(text)
 
 
 @pytest.mark.parametrize("name", recipe_names())
