@@ -14,6 +14,7 @@ import contextlib
 import difflib
 import errno
 import importlib
+import io
 import os
 import pkgutil
 import sys
@@ -50,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A shell's >&- leaves None in their place.
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # One that cannot spell the sign of L∞ shows its number instead of breaking off there.
+            stream.reconfigure(errors="backslashreplace")
     options = _parse(arguments)
     code = 0
     keep_freed_memory()

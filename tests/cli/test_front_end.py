@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,16 @@ def test_a_dry_certification_estimates_and_writes_nothing(
     assert "are needed for 20 images at a time (crown_ibp), and 256 KiB are free; give --batch-size" in found["advice"]
     assert main([*map(str, command[:-3]), "--no-curve", "--quiet", "--device", "cpu", "--out", str(tmp_path)]) == 0
     assert "robust: note: about" in capsys.readouterr().err, "the same before a run that would not fit"
+
+
+def test_a_stream_that_cannot_spell_a_sign_gets_its_number(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    command = ("certify", checkpoint, "--verifier", "ibp", "--limit", 4, "--dry-run", "--quiet", "--device", "cpu")
+    assert main([*map(str, command)]) == 0
+    written = ascii_only.buffer
+    assert isinstance(written, io.BytesIO)
+    assert b"L\\u221e" in written.getvalue() and b"nothing was written" in written.getvalue()
 
 
 # --- doctor
