@@ -12,6 +12,7 @@ from robust.dataset import DataSet, parse_dataset
 from robust.flags import count, number_of
 from robust.hub import local_checkpoint
 from robust.images import Images
+from robust.layout import LAYOUTS
 from robust.model import names_file
 from robust.own_model import code_hash, model_for, own_network
 from robust.tensor_file import written_here
@@ -33,6 +34,7 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
 
 def problem(options: argparse.Namespace) -> tuple[Checkpoint, DataSet, Ball]:
     """Checkpoint, data and threat model that an evaluation command names; a checkpoint of the Hub is now a file."""
+    _check_layout(options)
     options.checkpoint = local_checkpoint(options.checkpoint)
     own = options.model is not None and names_file(options.model) and written_here(options.checkpoint)
     if options.model is None or own:
@@ -54,6 +56,18 @@ def problem(options: argparse.Namespace) -> tuple[Checkpoint, DataSet, Ball]:
     facts = {"model": options.model, "data": options.data, "input_shape": list(data.input_shape)}
     facts.update(classes=len(data.classes), mean=list(data.mean), std=list(data.std))
     return Checkpoint(model.eval(), facts, ball, code=code_hash(options.model)), data, ball
+
+
+def _check_layout(options: argparse.Namespace) -> None:
+    """UnknownName where --layout names none, ValueError where there are no names of another project to read by it."""
+    if options.layout is None:
+        return
+    LAYOUTS.parse(options.layout)
+    if options.model is None or names_file(options.model):
+        raise ValueError(
+            f"--layout {options.layout}: is for the state dict of another project, whose architecture --model names; "
+            "a checkpoint of this suite and your own network need none"
+        )
 
 
 def images_of(options: argparse.Namespace, data: DataSet) -> Images:
