@@ -7,12 +7,16 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from attacks.registry import Registry
 from robust.augmentation import Augmentation
 from robust.images import Images
 
 DATASETS = Registry("data set", "robust.data")
+
+PATHS = ("path", "points")
+"""Fields of data sets that name the user's own files, one or several."""
 
 
 class MissingData(FileNotFoundError):
@@ -70,6 +74,32 @@ def parse_dataset(text: str) -> Callable[..., DataSet]:
         if "path" in fields and rest and first not in fields:
             rest = f"path={rest}"
     return DATASETS.parse(f"{name}:{rest}" if rest else name)
+
+
+def from_anywhere(text: str) -> str:
+    """The text with absolute paths of the user's own files, so that it means the same in another working directory.
+
+    As it is where a path has signs, such as a comma, that no text can hold.
+    """
+    method = _with_absolute_paths(parse_dataset(text))
+    try:
+        return DATASETS.spell(method) if parse_dataset(DATASETS.spell(method)) == method else text
+    except ValueError:
+        return text
+
+
+def _with_absolute_paths(method: Any) -> Any:
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = _with_absolute_paths(value)
+        elif field.name in PATHS:
+            whole = [
+                os.path.abspath(Path(path).expanduser()) for path in ((value,) if isinstance(value, str) else value)
+            ]
+            changes[field.name] = whole[0] if isinstance(value, str) else tuple(whole)
+    return dataclasses.replace(method, **changes)
 
 
 def constants(values: tuple[float, ...], channels: int, default: float) -> tuple[float, ...]:

@@ -14,7 +14,7 @@ from attacks.threat import Ball
 from certify.verifier import VERIFIERS
 from robust.checkpoint import Checkpoint
 from robust.crew import Crew
-from robust.dataset import data_root
+from robust.dataset import data_root, from_anywhere
 from robust.dry_run import dry_judgement, memory_advice
 from robust.eps_curve import EpsCurve, eps_curve
 from robust.evaluate import BLOCK, evaluate
@@ -97,7 +97,7 @@ def _curve(
 def _sources(options: argparse.Namespace, checkpoint: Checkpoint) -> Sources:
     log = options.checkpoint.parent / LOG
     return Sources(
-        data=options.data or checkpoint.settings["data"],
+        data=from_anywhere(options.data or checkpoint.settings["data"]),
         split=options.split,
         root=str(data_root(options.root).resolve()),
         log=str(log) if log.exists() else None,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -136,6 +137,21 @@ def test_a_report_is_drawn_again_in_full_also_from_another_folder(
     assert code == 0 and err == "" and "certified" in out
     assert {file.name for file in folder.iterdir()} == REPORT_FILES
     assert (folder / "report.html").read_bytes() == page
+
+
+def test_a_report_is_drawn_again_from_another_folder_with_its_pictures(
+    robust: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez("own.npz", x=np.zeros((4, 8, 8), np.uint8), y=np.array([0, 1, 0, 9]))
+    common = ("--verifier", "ibp", "--no-curve", "--quiet")
+    assert robust("certify", checkpoint, "--data", "npz:own.npz", "--out", "report", *common)[0] == 0
+    page = Path("report/report.html").read_bytes()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder = Path("report").resolve()
+    monkeypatch.chdir(elsewhere)
+    code, _, err = robust("report", folder)
+    assert code == 0 and err == "" and (folder / "report.html").read_bytes() == page
 
 
 def test_a_report_is_drawn_without_what_is_gone_and_says_so(robust: Cli, checkpoint: Path, tmp_path: Path) -> None:
@@ -295,8 +311,6 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def test_a_mistake_is_answered_in_one_line_and_leaves_nothing_behind(
     robust: Cli, checkpoint: Path, tmp_path: Path, arguments: str, words: str
 ) -> None:
-    import numpy as np
-
     other = tmp_path / "inputs"
     other.mkdir()
     np.savez(other / "other.npz", x=np.zeros((4, 5, 5, 3), np.uint8), y=np.array([0, 1, 0, 1]))

@@ -7,7 +7,7 @@ import torch
 
 from attacks.registry import UnknownName
 from robust.augmentation import Augmentation
-from robust.dataset import DATASETS, DataSet, constants, data_root, parse_dataset
+from robust.dataset import DATASETS, DataSet, constants, data_root, from_anywhere, parse_dataset
 from robust.images import MemoryImages
 
 
@@ -29,6 +29,18 @@ def test_a_path_needs_no_field_name(text, spelled):
     entry = parse_dataset(text)
     assert DATASETS.spell(entry) == spelled
     assert parse_dataset(spelled) == entry
+
+
+def test_a_text_for_anywhere_has_absolute_paths_where_a_text_can_hold_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert from_anywhere("npz:a.npz,flip=true") == f"npz:path={tmp_path}/a.npz,flip=true"
+    assert from_anywhere("subset:data=(folder:path=my images)") == f"subset:data=(folder:path={tmp_path}/my images)"
+    points = f"{tmp_path}/a.npz+/b.npz"
+    assert from_anywhere("transferred:points=a.npz+/b.npz") == f"transferred:points={points}"
+    assert from_anywhere("cifar10") == "cifar10"
+    (tmp_path / "one, two").mkdir()
+    monkeypatch.chdir(tmp_path / "one, two")
+    assert from_anywhere("npz:a.npz") == "npz:a.npz"
 
 
 @pytest.mark.parametrize(
