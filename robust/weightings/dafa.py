@@ -33,6 +33,8 @@ class DAFA:
     least: float = 0.1
 
     def start(self, run: RunFacts) -> Active:
+        if run.epochs < 2:
+            raise ValueError("dafa needs at least 2 epochs: its weights are measured in one and act in those behind it")
         if not 1 <= self.warmup_epochs < run.epochs:
             raise ValueError(
                 f"dafa: warmup_epochs={self.warmup_epochs} of {run.epochs} epochs leaves none with weights; give "

@@ -73,6 +73,8 @@ def test_predictions_are_gathered_in_the_last_warm_up_epoch_only_and_small_weigh
 def test_a_run_too_short_for_its_warm_up_is_refused():
     with pytest.raises(ValueError, match=r"dafa: warmup_epochs=70 of 20 epochs leaves none .* dafa:warmup_epochs=10"):
         DAFA().start(SimpleNamespace(epochs=20, classes=3, objective=None))
+    with pytest.raises(ValueError, match="dafa needs at least 2 epochs"):
+        DAFA(warmup_epochs=0).start(SimpleNamespace(epochs=1, classes=3, objective=None))
 
 
 class Table(Weighting):
