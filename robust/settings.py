@@ -83,6 +83,8 @@ class Settings:
         for name in ("epochs", "batch_size", "validate_every"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name}={getattr(self, name)}: expected at least 1")
+        if not -(2**63) <= self.seed < 2**63:
+            raise SettingsError(f"seed={self.seed}: expected a number of 64 bits, at most {2**63 - 1}")
         if not 0 <= self.validation < 1:
             raise SettingsError(f"validation={self.validation}: expected a share in [0, 1)")
         if self.train_eps_factor <= 0:

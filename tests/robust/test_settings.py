@@ -89,6 +89,7 @@ def test_a_radius_may_be_a_fraction_or_a_number(value, eps):
         ({"validation": 1.0}, r"validation=1\.0: expected a share in \[0, 1\)"),
         ({"train_eps_factor": 0}, r"train_eps_factor=0\.0: expected a positive factor"),
         ({"select": "best", "validation": 0}, "select='best' needs validation images; set validation above 0"),
+        ({"seed": 2**63}, "seed=9223372036854775808: expected a number of 64 bits, at most 9223372036854775807"),
         ({"clip_norm": -5}, r"clip_norm=-5\.0: expected a positive norm, 0 for none or -1 for the default"),
         ({"batch_size": 8, "micro_batch": 9}, "micro_batch=9: expected 0 to batch_size=8"),
     ],
