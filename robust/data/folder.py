@@ -49,6 +49,8 @@ class Folder:
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
             raise ValueError(f"folder: channels is 1 (grey) or 3 (RGB), got {self.channels}")
+        if self.size < 0:
+            raise ValueError(f"folder: size={self.size}: expected pixels, or 0 for images that have one size")
 
     def __call__(self, root: Path | None = None) -> DataSet:
         path = Path(self.path).expanduser()

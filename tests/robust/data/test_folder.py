@@ -75,5 +75,7 @@ def test_folders_that_are_not_as_described_are_refused(tmp_path):
     fill(tmp_path / "test", {"b": 1})
     with pytest.raises(ValueError, match="test: b: no such class in training"):
         parse_dataset(f"folder:{tmp_path}")()
+    with pytest.raises(ValueError, match="folder: size=-4: expected pixels"):
+        parse_dataset(f"folder:{tmp_path},size=-4")()
     with pytest.raises(ValueError, match="channels is 1"):
         parse_dataset(f"folder:{tmp_path},channels=4")
