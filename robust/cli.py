@@ -101,6 +101,7 @@ def _words(error: BaseException) -> str:
         errno.EPERM: "give a place that you may read and write, with --out or --root",
         errno.EROFS: "give --out a folder that can be written",
         errno.ENOTDIR: "a part of that path is a file; give --out another folder",
+        errno.EEXIST: "a file is there; give --out another folder",
         errno.EISDIR: "expected a file",
         errno.ENOENT: "there is no such file or folder",
     }.get(error.errno or 0)

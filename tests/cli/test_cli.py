@@ -298,6 +298,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         ("certify CHECKPOINT --layout tradse", "no layout named 'tradse' (did you mean 'trades'?)"),
         ("certify CHECKPOINT --layout trades", "--layout trades: is for the state dict of another project"),
         ("certify CHECKPOINT --model net.py:Net --layout trades", "--layout trades: is for the state dict of another"),
+        ("certify CHECKPOINT --quiet --out CHECKPOINT", "File exists; a file is there; give --out another folder"),
         ("lipschitz CHECKPOINT --timeout -3", "--timeout -3: expected seconds, from 0"),
         ("attack CHECKPOINT --attack pgb", "no attack named 'pgb' (did you mean 'pgd'?)"),
         ("attack CHECKPOINT --attack pgd:step=3", "attack 'pgd' has no field 'step' (did you mean 'steps'?)"),
