@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+AGAIN = (signal.SIGALRM,) if hasattr(signal, "SIGALRM") else ()
+"""By which an interrupt comes again that Python dropped; Windows has none."""
+
+USUAL = (signal.SIG_DFL, signal.default_int_handler)
+"""What handles a signal in a process where nobody has said otherwise."""
 
 
 class Interruption:
@@ -46,12 +53,43 @@ class Interruption:
 
 @contextlib.contextmanager
 def termination_interrupts() -> Iterator[None]:
-    """Context in which SIGTERM raises KeyboardInterrupt as Ctrl-C does, unless somebody handles or ignores it."""
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Context in which SIGTERM raises KeyboardInterrupt as Ctrl-C does, unless somebody handles or ignores it.
+
+    Python drops what is raised in a weak reference's callback or in __del__; the interrupt then comes again behind it.
+    Where C++ made another error of the interrupt, it leaves the context as KeyboardInterrupt all the same.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, *AGAIN)}
+    before = {number: h for number, h in before.items() if h in USUAL}
+    hook, asked, over = sys.unraisablehook, False, False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if not over:
+            asked = True
+            raise KeyboardInterrupt
+
+    def again(dropped: sys.UnraisableHookArgs) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt) and set(AGAIN) & set(before):
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            hook(dropped)
+
+    for number in before:
+        signal.signal(number, interrupt)
+    sys.unraisablehook = again
     try:
         yield
+    except Exception as error:
+        if asked:
+            raise KeyboardInterrupt from error
+        raise
     finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        over = True
+        sys.unraisablehook = hook
+        if set(AGAIN) & set(before):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
+import weakref
 
 import pytest
 
@@ -65,3 +67,33 @@ def test_sigterm_is_a_ctrl_c_unless_somebody_handles_it() -> None:
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("listening")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_interrupt_that_python_drops_comes_again(number: signal.Signals) -> None:
+    """As where a tensor that a WeakKeyDictionary knew is freed at that very moment."""
+
+    class Freed:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    alarm = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(KeyboardInterrupt), termination_interrupts():
+        freed = Freed()
+        seen = weakref.ref(freed, lambda _: signal.raise_signal(number))
+        del freed
+        assert seen() is None
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGALRM) is alarm and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@pytest.mark.usefixtures("listening")
+def test_an_interrupt_that_became_another_error_is_one_again() -> None:
+    with pytest.raises(KeyboardInterrupt), termination_interrupts():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("c10: an unknown error") from None
+    with pytest.raises(RuntimeError, match="of its own"), termination_interrupts():
+        raise RuntimeError("of its own")
