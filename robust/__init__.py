@@ -1,5 +1,6 @@
 """Train certifiably robust image classifiers, judge them, and keep what was found."""
 
+import robust.start  # noqa: F401
 from robust.checkpoint import Checkpoint, CheckpointError, load
 from robust.dataset import DATASETS, parse_dataset
 from robust.evaluate import evaluate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -51,6 +52,31 @@ class Interruption:
         self.asked = True
 
 
+class _Leave:
+    """Signal handler that ends the process at once, with one line from the first of torchrun's processes."""
+
+    def __init__(self, command: str) -> None:
+        self.line = f"{command}: interrupted\n".encode()
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):
+                os.write(2, self.line)
+        os._exit(130)
+
+
+def leave_at_a_signal(command: str) -> None:
+    """For a process that is a command: from here to `termination_interrupts`, Ctrl-C and SIGTERM end it in one line.
+
+    There is nothing to save yet, and an exception would have to find its way out of half imported modules. Behind
+    `termination_interrupts` the process ignores both signals: its answer is given, and only the interpreter is left to
+    end. Signals that somebody handles or ignores are left alone.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) in USUAL:
+            signal.signal(number, _Leave(command))
+
+
 @contextlib.contextmanager
 def termination_interrupts() -> Iterator[None]:
     """Context in which SIGTERM raises KeyboardInterrupt as Ctrl-C does, unless somebody handles or ignores it.
@@ -62,7 +88,7 @@ def termination_interrupts() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in (*SIGNALS, *AGAIN)}
-    before = {number: h for number, h in before.items() if h in USUAL}
+    before = {number: h for number, h in before.items() if h in USUAL or isinstance(h, _Leave)}
     hook, asked, over = sys.unraisablehook, False, False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -92,4 +118,4 @@ def termination_interrupts() -> Iterator[None]:
         if set(AGAIN) & set(before):
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if isinstance(handler, _Leave) else handler)

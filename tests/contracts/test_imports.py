@@ -79,7 +79,7 @@ def test_an_arrow_that_points_left_is_found(package: str, line: str) -> None:
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.name == "__init__.py"], ids=name_of)
 def test_an_init_file_is_a_table_of_contents(path: Path) -> None:
-    """Docstring, imports of our own names, and `__all__`, which lists exactly these names."""
+    """Docstring, imports of our own names, and `__all__`, which lists exactly these names; `robust` has a start."""
     tree, _ = parsed(path)
     listed, imported = [], []
     for node in tree.body:
@@ -87,6 +87,8 @@ def test_an_init_file_is_a_table_of_contents(path: Path) -> None:
             imported += [alias.asname or alias.name for alias in node.names]
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             listed = ast.literal_eval(node.value)
+        elif isinstance(node, ast.Import):
+            assert path.parent.name == "robust" and ast.unparse(node) == "import robust.start"
         else:
             assert isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant), ast.unparse(node)
     assert sorted(listed) == sorted(imported)

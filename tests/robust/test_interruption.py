@@ -9,7 +9,9 @@ import weakref
 
 import pytest
 
+from robust import interruption
 from robust.interruption import SIGNALS, Interruption, termination_interrupts
+from tests.robust.runs import start
 
 
 @pytest.mark.usefixtures("listening")
@@ -97,3 +99,41 @@ def test_an_interrupt_that_became_another_error_is_one_again() -> None:
             raise RuntimeError("c10: an unknown error") from None
     with pytest.raises(RuntimeError, match="of its own"), termination_interrupts():
         raise RuntimeError("of its own")
+
+
+def answered(script: str) -> tuple[int, str]:
+    """Exit code and stderr of a process that runs the script as the command `robust`, by its console script's name."""
+    lines = ["import os, signal, sys", "sys.argv = ['/usr/bin/robust']", "SIGNALS = (signal.SIGINT, signal.SIGTERM)"]
+    lines += ["signal.signal(signal.SIGINT, signal.default_int_handler)", script]
+    process = start(script="\n".join(lines))
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+
+@pytest.mark.parametrize("name", [number.name for number in SIGNALS])
+def test_a_signal_during_the_imports_of_the_command_is_one_line(name: str) -> None:
+    finder = """
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            signal.raise_signal(signal.%s)
+sys.meta_path.insert(0, Finder())
+import robust.cli
+"""
+    assert answered(finder % name) == (130, "robust: interrupted\n")
+    assert answered("os.environ['RANK'] = '1'\n" + finder % name) == (130, "")
+
+
+def test_signals_behind_the_answer_of_the_command_are_ignored_and_a_library_is_left_alone() -> None:
+    behind = """
+for number in SIGNALS:
+    try:
+        with file["termination_interrupts"]():
+            signal.raise_signal(number)
+    except KeyboardInterrupt:
+        signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGTERM)
+"""
+    library = f"import runpy\nfile = runpy.run_path({interruption.__file__!r})\n"
+    assert answered(library + "file['leave_at_a_signal']('robust')" + behind) == (0, "")
+    code, err = answered(library + behind)
+    assert code == -signal.SIGINT and "KeyboardInterrupt" in err
