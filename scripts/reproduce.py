@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from robust.allocator import keep_freed_memory
 from robust.cli import USER_ERRORS
 from robust.flags import add_machine, output, usable_device
+from robust.interruption import leave_at_a_signal, termination_interrupts
 from scripts.reproduction.networks import default_folder
 from scripts.reproduction.plan import PLAN, Order, Plan, load_plan, make_plan, plan_text, require_data
 from scripts.reproduction.publish import write_table
@@ -48,14 +49,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     keep_freed_memory()
     try:
-        return _reproduce(options)
+        with termination_interrupts():
+            return _reproduce(options)
     except USER_ERRORS as error:
         if options.debug:
             raise
         print(f"reproduce: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("reproduce: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        if processes()[0] == 0:  # torchrun interrupts all its processes; one of them says so
+            print("reproduce: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
 
 
@@ -164,4 +167,5 @@ def _folder_name(order: Order) -> str:
 
 
 if __name__ == "__main__":
+    leave_at_a_signal("reproduce")
     sys.exit(main())

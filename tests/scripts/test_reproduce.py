@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -76,6 +77,21 @@ def test_what_was_cut_off_is_done_and_what_was_finished_is_not_done_again(tmp_pa
     first = stamp(out / "first" / "seed_0" / run.RESULT)
     assert call(*order) == 0
     assert stamp(out / "first" / "seed_0" / run.RESULT) == first and len(results(out)) == 2
+
+
+def test_a_terminated_reproduction_says_so_once(tmp_path, capsys, monkeypatch):
+    order = (written(tmp_path), "--scale", "0.1", "--no-estimate", "--rows", "first", "--out", tmp_path / "out")
+
+    def terminated(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(run, "evaluate", terminated)
+    assert call(*order) == 130
+    assert capsys.readouterr().err == "reproduce: interrupted; the same command goes on where it stopped\n"
+    monkeypatch.setattr(reproduce, "_reproduce", terminated)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert call(*order) == 130 and capsys.readouterr().err == ""
 
 
 def test_a_row_that_fails_leaves_the_others_and_is_told(tmp_path, capsys, monkeypatch):
