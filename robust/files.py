@@ -7,6 +7,7 @@ torn line after a kill; opening it again drops that line and goes on behind the 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -61,6 +62,9 @@ def encode(record: Mapping[str, Any]) -> str:
 class JsonLines:
     """Append-only file with one JSON object a line, for one writer at a time.
 
+    The lock is on the file, not on its name: where somebody removes the folder, another writer can make it anew and
+    lock its own. So the first one looks whether the name still means its file (`require_in_place`) before it writes.
+
     Attributes:
         records: the objects in the file, those of earlier runs included.
 
@@ -83,6 +87,7 @@ class JsonLines:
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records at the end; they are on the disk when this returns."""
+        self.require_in_place()
         lines = [encode(record).encode("utf-8") + b"\n" for record in records]
         try:
             self._write(b"".join(lines))
@@ -102,6 +107,13 @@ class JsonLines:
         self._file.seek(end)
         self._file.truncate()
         self._sync()
+
+    def require_in_place(self) -> None:
+        """OSError where somebody removed or replaced the file; what is in its folder may then be another process's."""
+        there = self.path.stat() if self.path.exists() else None
+        if there is None or not os.path.samestat(there, os.fstat(self._file.fileno())):
+            words = "was removed or replaced while it was being written; what was to follow is not kept"
+            raise OSError(errno.ESTALE, words, str(self.path))
 
     def close(self) -> None:
         self._file.close()

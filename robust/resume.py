@@ -62,6 +62,7 @@ class RowsOnDisk:
         ordered = sorted(self.rows, key=lambda row: place[row.index])
         report = Report(self.header, tuple(ordered))
         if self._lines is not None and ordered != self.rows:
+            self._lines.require_in_place()
             report.save(self._lines.path)
         return report
 

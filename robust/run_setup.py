@@ -22,6 +22,7 @@ from robust.regularizer import REGULARIZERS
 from robust.schedule import SCHEDULES
 from robust.seeds import seeded
 from robust.settings import Settings
+from robust.tensor_file import load_tensors
 from robust.validation import parse_validator
 from robust.weight_perturbation import WEIGHT_PERTURBATIONS, WeightPerturbation
 from robust.weighting import WEIGHTINGS
@@ -143,35 +144,50 @@ def training_data(settings: Settings, root: Path | None) -> DataSet:
     return data
 
 
-def settings_text(settings: Settings) -> str:
-    """Content of the file SETTINGS; of the user's own network it also says which code that was."""
+def settings_facts(settings: Settings) -> dict[str, Any]:
+    """What a run's folder keeps of its settings; of the user's own network they also say which code that was."""
     code = code_hash(settings.model)
-    facts = settings.to_dict() if code is None else {**settings.to_dict(), CODE: code}
-    return json.dumps(facts, indent=2) + "\n"
+    return settings.to_dict() if code is None else {**settings.to_dict(), CODE: code}
 
 
 def refuse_other_settings(settings: Settings, out: Path) -> None:
     """TrainingError where `out` holds work of a run with other settings, or of an own network that was edited since."""
-    path = out / SETTINGS
     log = out / LOG
     worked = (out / STATE).exists() or (out / CHECKPOINT).exists() or (log.exists() and log.stat().st_size > 0)
-    if not path.exists() or not worked:
-        return
+    if (out / SETTINGS).exists() and worked:
+        try:
+            there = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise _no_settings(out / SETTINGS, error) from None
+        refuse_unlike(settings, there, out / SETTINGS)
+    elif (out / CHECKPOINT).exists():
+        there = load_tensors(out / CHECKPOINT)[1].get("settings", {})
+        names = settings.to_dict()
+        refuse_unlike(settings, {name: there[name] for name in names if name in there}, out / CHECKPOINT)
+
+
+def refuse_unlike(settings: Settings, there: Any, path: Path) -> None:
+    """TrainingError where the settings that `path` holds (`settings_facts`) are others."""
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
         code = there.get(CODE)
         stored = Settings.from_dict({name: value for name, value in there.items() if name != CODE}).to_dict()
     except (ValueError, AttributeError) as error:
-        raise TrainingError(f"{path} holds no settings of this suite ({error}); choose another folder") from None
+        raise _no_settings(path, error) from None
     changed = [
         f"{name}: {stored[name]!r} there, {value!r} now"
         for name, value in settings.to_dict().items()
         if stored[name] != value
     ]
     if changed:
-        raise TrainingError(f"{out} holds a run with other settings ({'; '.join(changed)}); choose another folder")
+        raise TrainingError(
+            f"{path.parent} holds a run with other settings ({'; '.join(changed)}); choose another folder"
+        )
     if code is not None and code != code_hash(settings.model):
         raise TrainingError(
-            f"{out} holds a run of {settings.model}, and the network's code changed since then; choose another folder "
-            "with --out"
+            f"{path.parent} holds a run of {settings.model}, and the network's code changed since then; choose another "
+            "folder with --out"
         )
+
+
+def _no_settings(path: Path, error: Exception) -> TrainingError:
+    return TrainingError(f"{path} holds no settings of this suite ({error}); choose another folder")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -50,7 +51,8 @@ from robust.run_setup import (
     parse_perturbation,
     refuse_other_settings,
     refuse_undivided,
-    settings_text,
+    refuse_unlike,
+    settings_facts,
     training_data,
 )
 from robust.schedule import SCHEDULES, ramp_progress
@@ -116,6 +118,7 @@ def train(
         TrainingError: other settings in `out`, a damaged state, too few images, a loss that is not finite.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the state was saved behind the step that was under way.
         FileInUse: another process is training in `out`.
+        OSError: a full disk and the like, or somebody removed `out` under the run.
     """
     out = Path(out)
     check_texts(settings)
@@ -214,6 +217,7 @@ class _Run:
         self.progress = Progress()
         self.summary_writer = _summary_writer_class() if tensorboard and self.leads else None
         self.writer: Any = None
+        self.log: JsonLines | None = None
         self.interruption = Interruption()
         self.saved_at = time.monotonic()
 
@@ -250,23 +254,21 @@ class _Run:
 
     def run(self) -> Checkpoint:
         with contextlib.ExitStack() as stack:
-            log: JsonLines | None = None
 
             def begin_folder() -> State | None:
-                nonlocal log
-                log = stack.enter_context(JsonLines(self.out / LOG))
+                self.log = stack.enter_context(JsonLines(self.out / LOG))
                 # Only now nobody else can be writing to the folder.
                 refuse_other_settings(self.settings, self.out)
-                write_whole(self.out / SETTINGS, settings_text(self.settings))
+                write_whole(self.out / SETTINGS, json.dumps(settings_facts(self.settings), indent=2) + "\n")
                 return self._saved()
 
             state = begin_folder() if self.team is None else self.team.from_lead(begin_folder)
             if state is not None:
                 self._restore(*state)
             first = self.progress.step // self.steps_per_epoch
-            if log is not None:
+            if self.log is not None:
                 # Records behind the restored state belong to steps that are now done again.
-                log.keep(first)
+                self.log.keep(first)
             if self.summary_writer is not None:
                 self.writer = stack.enter_context(self.summary_writer(str(self.out), purge_step=first + 1))
             stack.enter_context(self.interruption)
@@ -275,8 +277,8 @@ class _Run:
                     break
                 best = self.progress.best
                 record = self._epoch(epoch)
-                if log is not None:
-                    log.append([record])
+                if self.log is not None:
+                    self.log.append([record])
                 self._pause(at_once=self.progress.best > best)
             return self._finish()
 
@@ -445,6 +447,7 @@ class _Run:
             if not self.leads:
                 return
             metadata = {"step": self.progress.step, "metrics": self.progress.metrics}
+            self._require_own_folder()
             save_tensors(self.out / BEST, model.state_dict(), metadata)
 
     def _finish(self) -> Checkpoint:
@@ -453,6 +456,7 @@ class _Run:
             assert self.team is not None
             self.team.follow_lead(model)
             return self._checkpoint(model, metrics)
+        self._require_own_folder()
         if (self.out / BEST).exists():
             self._checkpoint(model, metrics).save(self.out / LAST)
             weights, metadata = load_tensors(self.out / BEST)
@@ -545,7 +549,9 @@ class _Run:
                     plain[f"{number}.{name}"] = value
         for number, active in enumerate(self.active):
             tensors.update({f"active.{number}.{name}": tensor for name, tensor in active.state().items()})
-        save_tensors(self.out / STATE, tensors, {"progress": vars(self.progress), "optimizer": plain})
+        self._require_own_folder()
+        metadata = {"progress": vars(self.progress), "optimizer": plain, "settings": settings_facts(self.settings)}
+        save_tensors(self.out / STATE, tensors, metadata)
         self.saved_at = time.monotonic()
 
     def _saved(self) -> State | None:
@@ -553,9 +559,17 @@ class _Run:
         if not (self.out / STATE).exists():
             return None
         try:
-            return load_tensors(self.out / STATE)
+            tensors, metadata = load_tensors(self.out / STATE)
         except CheckpointError as error:
             raise TrainingError(f"{error}. Remove the file to train from the start") from None
+        if "settings" in metadata:  # states of older versions have none
+            refuse_unlike(self.settings, metadata["settings"], self.out / STATE)
+        return tensors, metadata
+
+    def _require_own_folder(self) -> None:
+        """OSError where somebody removed the run's folder: it is not made anew, and another run may have done so."""
+        if self.log is not None:
+            self.log.require_in_place()
 
     def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         self.model.load_state_dict(_part(tensors, "model."))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,20 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     with JsonLines(path), pytest.raises(FileInUse, match=r"rows\.jsonl is being written"):
         JsonLines(path)
     JsonLines(path).close()
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["removed", "replaced"])
+def test_a_writer_whose_file_is_gone_stops_and_leaves_what_another_has_there(anew: bool, tmp_path: Path) -> None:
+    path = tmp_path / "run" / "rows.jsonl"
+    with JsonLines(path) as lines:
+        lines.append(RECORDS[:1])
+        shutil.rmtree(path.parent)
+        if anew:
+            JsonLines(path).close()
+        with pytest.raises(OSError, match="removed or replaced while") as refusal:
+            lines.append(RECORDS[1:])
+    assert refusal.value.filename == str(path)
+    assert path.read_bytes() == b"" if anew else not path.parent.exists()
 
 
 def test_what_json_lacks_becomes_null_and_numpy_numbers_are_read() -> None:

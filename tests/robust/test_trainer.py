@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import signal
 import threading
 import time
@@ -32,7 +33,7 @@ from robust.schedule import SCHEDULES
 from robust.seeds import seeded
 from robust.settings import Settings
 from robust.step import StepPlan, step_gradients
-from robust.tensor_file import load_tensors
+from robust.tensor_file import load_tensors, save_tensors
 from robust.trainer import train
 from robust.views import Views
 from tests.robust.runs import RUN, records, same, start, state_step, stop_once, tiny, trained, weights
@@ -227,6 +228,53 @@ def test_settings_that_are_none_are_refused_with_their_path(tmp_path: Path) -> N
 def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
     with JsonLines(tmp_path / LOG), pytest.raises(FileInUse, match="written by another process"):
         train(tiny(), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["a state", "the checkpoint"])
+def test_a_run_whose_folder_was_removed_writes_nothing_into_that_of_the_next(
+    last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = trainer._Run._step, tmp_path / "run"
+
+    def removed(self: Any, index: Tensor) -> dict[str, float]:
+        values = whole(self, index)
+        if self.progress.step == (self.steps_per_epoch if last else 2):
+            shutil.rmtree(out)
+            _begun_and_killed(tiny(epochs=1, seed=1), out)
+        return values
+
+    monkeypatch.setattr(JsonLines, "append", lambda *_: None)  # it stops there already
+    monkeypatch.setattr(trainer._Run, "_step", removed)
+    with pytest.raises(OSError, match=r"removed or replaced while"):
+        train(tiny(epochs=1), out, progress=False, save_every=math.inf if last else 0.0)
+    assert sorted(path.name for path in out.iterdir()) == [LOG, SETTINGS]
+
+
+def _begun_and_killed(settings: Settings, out: Path) -> None:
+    with JsonLines(out / LOG):
+        (out / SETTINGS).write_text(json.dumps(settings.to_dict()))
+
+
+def test_a_state_or_checkpoint_of_other_settings_is_refused_without_the_file_of_settings(tmp_path: Path) -> None:
+    _stop_at_step(tiny(epochs=1), tmp_path, 3)
+    (tmp_path / SETTINGS).unlink()
+    with pytest.raises(TrainingError, match=r"other settings \(seed: 0 there, 1 now\); choose another folder"):
+        train(tiny(epochs=1, seed=1), tmp_path, progress=False)
+    (tmp_path / SETTINGS).unlink()
+    expected = trained(tiny(epochs=1), tmp_path)
+    (tmp_path / SETTINGS).unlink()
+    with pytest.raises(TrainingError, match=r"other settings \(seed: 0 there, 1 now\); choose another folder"):
+        train(tiny(epochs=1, seed=1), tmp_path, progress=False)
+    assert same(trained(tiny(epochs=1), tmp_path), expected)
+
+
+def test_a_state_of_an_older_version_which_has_no_settings_is_gone_on_with(tmp_path: Path) -> None:
+    expected = trained(tiny(epochs=1), tmp_path / "whole")
+    _stop_at_step(tiny(epochs=1), tmp_path / "cut", 3)
+    tensors, metadata = load_tensors(tmp_path / "cut" / STATE)
+    del metadata["settings"]
+    save_tensors(tmp_path / "cut" / STATE, tensors, metadata)
+    assert same(trained(tiny(epochs=1), tmp_path / "cut"), expected)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
