@@ -45,6 +45,11 @@ def disconnect() -> None:
         gc.collect()
 
 
+def lost_another(error: Exception) -> bool:
+    """Whether the error says that a message to or from another process failed, as it does where that one has ended."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of a mini-batch that is computed at a time, and this process's rows of it.

@@ -23,7 +23,7 @@ from robust.model import names_file
 from robust.run_setup import CHECKPOINT, STATE, TrainingError, check_texts, refuse_other_settings
 from robust.schedule import SCHEDULES
 from robust.settings import Settings, load_recipe
-from robust.team import Team
+from robust.team import Team, lost_another
 from robust.trainer import train
 
 WORDS = "train a model, or go on with a run that was interrupted"
@@ -107,12 +107,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             tensorboard=options.tensorboard,
             team=team,
         )
+        if team is not None:
+            team.leave()
     except TrainingError:
         if leads:
             raise
         raise SystemExit(2) from None  # every process has come to it; the first one says it
-    if team is not None:
-        team.leave()
+    except RuntimeError as error:
+        if team is None or not lost_another(error):
+            raise
+        if not leads:
+            raise SystemExit(2) from None
+        raise TrainingError("another process of this run is gone; the same command goes on where it stopped") from error
     return _conclude(settings, out, checkpoint) if leads else {}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -42,6 +43,13 @@ def torchrun(*arguments: str, processes: int = 2) -> list[str]:
     """A command line that starts several processes of one training."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return [*command, *arguments]
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def gloo_threads() -> list[str]:

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +22,7 @@ from robust.crew import Crew, CrewError, Records
 from robust.report import Report
 from robust.settings import Settings
 from robust.trainer import train
-from tests.robust.runs import REPOSITORY
+from tests.robust.runs import REPOSITORY, free_port
 
 HEADER = {"verifier": "exact"}
 
@@ -232,12 +231,6 @@ def wait_for_rows(out: Path, count: int, process: subprocess.Popen[Any]) -> None
         if (out / "rows.jsonl").exists() and (out / "rows.jsonl").read_bytes().count(b"\n") > count:
             return
         time.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @pytest.mark.slow

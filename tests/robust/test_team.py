@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from attacks.noise import Share, normal, uniform
+from robust.cli import main
 from robust.objective import OBJECTIVES
 from robust.run_setup import CHECKPOINT, STATE, TrainingError
 from robust.settings import Settings
 from robust.team import Team
 from robust.trainer import train
 from robust.weighting import WEIGHTINGS
-from tests.robust.runs import environment, records, torchrun, weights
+from tests.robust.runs import environment, free_port, records, torchrun, weights
 
 # Float64: what differs in more than rounding then differs by far more than the tolerance, and no sign of a gradient
 # near 0 turns over. Every process reads all cases from a file and trains one after the other.
@@ -196,6 +197,56 @@ def test_a_loss_that_is_not_finite_ends_all_processes_with_one_line(tmp_path: Pa
     done = subprocess.run(command(tmp_path, *flags), env=environment(), capture_output=True, text=True, timeout=300)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("robust: ")]
     assert done.returncode != 0 and "Try a lower learning rate" in line and "SIGABRT" not in done.stderr
+
+
+def test_a_process_that_is_gone_is_one_line_of_the_first_of_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(error: Exception, rank: int) -> tuple[int | str | None, str]:
+        def failing(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(Team, "join", lambda _: Team(rank, 2))
+        monkeypatch.setattr("robust.commands.train.train", failing)
+        try:
+            code: int | str | None = main(["train", "--device", "cpu", "--out", str(tmp_path)])
+        except SystemExit as ended:
+            code = ended.code
+        return code, capsys.readouterr().err
+
+    gloo = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:35545")
+    line = "robust: another process of this run is gone; the same command goes on where it stopped\n"
+    for error in (gloo, torch.distributed.DistBackendError("NCCL communicator was aborted")):
+        assert cut_off(error, 0) == (2, line)
+        assert cut_off(error, 1) == (2, "")
+    with pytest.raises(RuntimeError, match="of our own"):
+        cut_off(RuntimeError("a mistake of our own"), 0)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_in_one_line_and_the_run_goes_on(tmp_path: Path) -> None:
+    flags = ("--objective", "pgd", "--epochs", "12", "--batch_size", "64", "--out", str(tmp_path), "--quiet")
+    arguments = [sys.executable, "-m", "robust", "train", "--model", "cnn3:width=2", "--device", "cpu", *flags]
+
+    def started() -> list[subprocess.Popen[str]]:
+        shared = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        return [
+            subprocess.Popen(arguments, env={**shared, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+            for rank in (0, 1)
+        ]
+
+    lead, other = started()
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "log.jsonl").exists() or not records(tmp_path):
+        assert time.monotonic() < deadline and lead.poll() is None
+        time.sleep(0.01)
+    other.kill()
+    said = lead.communicate(timeout=120)[1]
+    other.communicate()
+    assert (lead.returncode, "Traceback" in said) == (2, False), said
+    line = "robust: another process of this run is gone; the same command goes on where it stopped"
+    assert [text for text in said.splitlines() if text.startswith("robust: ")] == [line]
+    assert [process.communicate(timeout=120) and process.returncode for process in started()] == [0, 0]
 
 
 def test_what_processes_cannot_share_is_refused_in_one_line(tmp_path: Path) -> None:
