@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import math
 import os
@@ -48,6 +49,12 @@ def replacing(path: Path) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
+def remove_parts(path: Path) -> None:
+    """Remove what killed processes left of `path` beside it; for a process that alone may write it."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        part.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write `content` (text as UTF-8) to `path` so that no reader ever sees a part of it."""
     with replacing(path) as sibling:
@@ -79,6 +86,7 @@ class JsonLines:
         self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
         try:
             _lock(self._file.fileno(), self.path)
+            remove_parts(self.path)
             self.records, self._ends = _whole_lines(self._file.read(), self.path)
             self.keep(len(self.records))
         except BaseException:

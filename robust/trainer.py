@@ -29,7 +29,7 @@ from certify.tracing import capture
 from robust.active import Active, Moment, RunFacts, active_among, begin
 from robust.batch_norm import has_batch_norm, reestimate_statistics
 from robust.checkpoint import Checkpoint, load
-from robust.files import JsonLines, write_whole
+from robust.files import JsonLines, remove_parts, write_whole
 from robust.hook import HOOKS
 from robust.interruption import Interruption
 from robust.model import names_file
@@ -127,7 +127,11 @@ def train(
 
     def finished() -> bool:
         refuse_other_settings(settings, out)
-        return (out / CHECKPOINT).exists()
+        done = (out / CHECKPOINT).exists()
+        if done:
+            with contextlib.suppress(OSError):  # a finished run may be where nobody can write
+                _remove_working_files(out)
+        return done
 
     if finished() if team is None else team.from_lead(finished):
         own = own_network(settings.model) if names_file(settings.model) else None
@@ -259,6 +263,8 @@ class _Run:
                 self.log = stack.enter_context(JsonLines(self.out / LOG))
                 # Only now nobody else can be writing to the folder.
                 refuse_other_settings(self.settings, self.out)
+                for name in (STATE, BEST, CHECKPOINT, LAST, SETTINGS):
+                    remove_parts(self.out / name)
                 write_whole(self.out / SETTINGS, json.dumps(settings_facts(self.settings), indent=2) + "\n")
                 return self._saved()
 
@@ -464,8 +470,7 @@ class _Run:
             metrics = metadata["metrics"]
         checkpoint = self._checkpoint(model, metrics)
         checkpoint.save(self.out / CHECKPOINT)
-        (self.out / STATE).unlink(missing_ok=True)
-        (self.out / BEST).unlink(missing_ok=True)
+        _remove_working_files(self.out)
         if self.team is not None:
             self.team.follow_lead(model)
         return checkpoint
@@ -582,6 +587,12 @@ class _Run:
         for number, active in enumerate(self.active):
             _restore_active(active, _part(tensors, f"active.{number}."), self.device)
         self.progress = Progress(**metadata["progress"])
+
+
+def _remove_working_files(out: Path) -> None:
+    """Remove what only a run that is not finished needs, also where it was killed on the way to its end."""
+    (out / STATE).unlink(missing_ok=True)
+    (out / BEST).unlink(missing_ok=True)
 
 
 def _restore_active(active: Active, state: dict[str, Tensor], device: torch.device) -> None:

@@ -102,6 +102,13 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     JsonLines(path).close()
 
 
+def test_the_only_writer_removes_what_killed_ones_left_of_its_file(tmp_path: Path) -> None:
+    for name in (".rows.jsonl.0a1b2c3d.part", ".rows.json.0a1b2c3d.part"):
+        (tmp_path / name).write_text("half of the n")
+    JsonLines(tmp_path / "rows.jsonl").close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".rows.json.0a1b2c3d.part", "rows.jsonl"]
+
+
 @pytest.mark.parametrize("anew", [False, True], ids=["removed", "replaced"])
 def test_a_writer_whose_file_is_gone_stops_and_leaves_what_another_has_there(anew: bool, tmp_path: Path) -> None:
     path = tmp_path / "run" / "rows.jsonl"

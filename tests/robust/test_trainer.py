@@ -28,7 +28,7 @@ from robust.images import MemoryImages
 from robust.model import MODELS
 from robust.objective import OBJECTIVES, cross_entropy
 from robust.objectives.ibp import IBP
-from robust.run_setup import CHECKPOINT, LAST, LOG, SETTINGS, STATE, TrainingError, training_data
+from robust.run_setup import BEST, CHECKPOINT, LAST, LOG, SETTINGS, STATE, TrainingError, training_data
 from robust.schedule import SCHEDULES
 from robust.seeds import seeded
 from robust.settings import Settings
@@ -228,6 +228,20 @@ def test_settings_that_are_none_are_refused_with_their_path(tmp_path: Path) -> N
 def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
     with JsonLines(tmp_path / LOG), pytest.raises(FileInUse, match="written by another process"):
         train(tiny(), tmp_path, progress=False)
+
+
+def test_what_kills_left_beside_a_run_is_removed(tmp_path: Path) -> None:
+    for name in (STATE, BEST, CHECKPOINT, LAST, SETTINGS):
+        (tmp_path / f".{name}.0a1b2c3d.part").write_text("half of the n")
+    (tmp_path / ".notes.part").write_text("somebody's own")
+    _stop_at_step(tiny(epochs=1), tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.glob(".*")) == [".notes.part"]
+    state = (tmp_path / STATE).read_bytes()
+    expected = trained(tiny(epochs=1), tmp_path)
+    for name in (STATE, BEST):
+        (tmp_path / name).write_bytes(state)
+    assert same(trained(tiny(epochs=1), tmp_path), expected)
+    assert not (tmp_path / STATE).exists() and not (tmp_path / BEST).exists()
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["a state", "the checkpoint"])
