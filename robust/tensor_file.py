@@ -42,10 +42,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     digest = _sha256(stored, text)
     header = {"format": FORMAT, "version": str(VERSION), "metadata": text, "sha256": digest}
     with replacing(Path(path)) as sibling:
-        try:
-            safetensors.torch.save_file(stored, sibling, metadata=header)
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{path}: cannot be written ({error})") from None
+        # Not save_file: its errors have no number, and it writes through a file of its own, which has mode 0600
+        # whatever the umask and which nobody removes behind a kill.
+        sibling.write_bytes(safetensors.torch.save(stored, metadata=header))
     return digest
 
 

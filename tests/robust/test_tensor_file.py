@@ -124,3 +124,9 @@ def test_metadata_that_was_edited_is_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.ones(1)}, path, metadata=header)
     with pytest.raises(CheckpointError, match="do not match their SHA-256"):
         load_tensors(path)
+
+
+def test_a_file_obeys_the_umask_as_any_other_does(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("x")
+    save_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(2)}, {})
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
