@@ -5,6 +5,6 @@ from pathlib import Path
 
 from robust.interruption import leave_at_a_signal
 
-# "-m" is what Python has there until it has found the module that `python -m robust` names.
-if Path(sys.argv[0]).stem in ("-m", "robust"):
+# "-m" is what Python has there until it has found the module that `python -m NAME` means, which may be a user's own.
+if Path(sys.argv[0]).stem == "robust" or (sys.argv[0] == "-m" and "robust" in sys.orig_argv):
     leave_at_a_signal("robust")

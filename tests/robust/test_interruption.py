@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 
 from robust import interruption
 from robust.interruption import SIGNALS, Interruption, termination_interrupts
-from tests.robust.runs import start
+from tests.robust.runs import REPOSITORY, start
 
 
 @pytest.mark.usefixtures("listening")
@@ -137,3 +141,15 @@ for number in SIGNALS:
     assert answered(library + "file['leave_at_a_signal']('robust')" + behind) == (0, "")
     code, err = answered(library + behind)
     assert code == -signal.SIGINT and "KeyboardInterrupt" in err
+
+
+@pytest.mark.slow
+def test_a_users_own_package_that_imports_the_suite_keeps_its_signals(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import robust\n")
+    (tmp_path / "mine" / "__main__.py").write_text(
+        "import signal\nassert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
+    )
+    path = f"{tmp_path}{os.pathsep}{REPOSITORY}"
+    done = subprocess.run([sys.executable, "-m", "mine"], env={**os.environ, "PYTHONPATH": path}, timeout=120)
+    assert done.returncode == 0
