@@ -19,7 +19,8 @@ from typing import Any
 from attacks.registry import number
 from robust.files import JsonLines, read_json_lines
 from robust.method_texts import value_at, with_field
-from robust.run_setup import LOG, TrainingError, check_texts
+from robust.own_model import code_hash
+from robust.run_setup import CODE, LOG, TrainingError, check_texts
 from robust.settings import Settings
 from robust.trainer import train
 from robust.validation import decisive
@@ -122,7 +123,9 @@ def sweep(
     paths = [one.path for one in ranges]
     if not paths or len(set(paths)) < len(paths):
         raise SweepError("a sweep needs --over, and every path once")
-    asked = {"settings": settings.to_dict(), "over": [dataclasses.asdict(one) for one in ranges]}
+    asked: dict[str, Any] = {"settings": settings.to_dict(), "over": [dataclasses.asdict(one) for one in ranges]}
+    if (code := code_hash(settings.model)) is not None:
+        asked[CODE] = code
     with JsonLines(out / TRIALS) as journal:
         _begin(journal, asked, out)
         finished, pending = _read(journal)
@@ -159,8 +162,11 @@ def _begin(journal: JsonLines, asked: dict[str, Any], out: Path) -> None:
     there = journal.records[0].get("sweep")
     # Compared as JSON has it, where a tuple of choices is a list.
     now = {**asked, "over": [{**one, "choices": list(one["choices"])} for one in asked["over"]]}
+    if there and CODE not in there:
+        now.pop(CODE, None)  # a sweep of an earlier version
     if there != now:
-        differing = "settings" if there and there.get("over") == now["over"] else "--over"
+        words = {"over": "--over", "settings": "settings", CODE: "code of the network"}
+        differing = next(word for name, word in words.items() if not there or there.get(name) != now.get(name))
         raise SweepError(f"{out} holds a sweep with other {differing}; choose another --out")
 
 

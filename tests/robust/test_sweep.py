@@ -116,6 +116,23 @@ def test_another_sweep_in_the_folder_is_refused(tmp_path):
         sweep(ibp(batch_size=100), [WEIGHT], 1, tmp_path, progress=False)
 
 
+def test_trials_of_an_edited_network_are_not_mixed_with_those_before(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    monkeypatch.chdir(tmp_path)
+    file, journal = Path("my_net.py"), Path("out/trials.jsonl")
+    file.write_text("from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n")
+    settings = dataclasses.replace(ibp(), model="my_net.py:net")
+    first = sweep(settings, [WEIGHT], 1, Path("out"), progress=False)
+    file.write_text(file.read_text() + "# edited\n")
+    with pytest.raises(SweepError, match="holds a sweep with other code of the network; choose another --out"):
+        sweep(settings, [WEIGHT], 2, Path("out"), progress=False)
+    header, *rest = journal.read_text().splitlines()
+    asked = json.loads(header)
+    del asked["sweep"]["code"]
+    journal.write_text("\n".join([json.dumps(asked), *rest]) + "\n")
+    assert sweep(settings, [WEIGHT], 1, Path("out"), progress=False) == first, "a sweep of an earlier version"
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [
