@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from certify.tracing import capture
 from robust.dataset import DataSet, parse_dataset
@@ -19,7 +19,7 @@ from robust.objective import OBJECTIVES
 from robust.optimizer import OPTIMIZERS
 from robust.own_model import check_named, code_hash, model_for
 from robust.regularizer import REGULARIZERS
-from robust.schedule import SCHEDULES
+from robust.schedule import SCHEDULES, ramp_progress
 from robust.seeds import seeded
 from robust.settings import Settings
 from robust.tensor_file import load_tensors
@@ -104,6 +104,32 @@ def _undivided(method: Any) -> bool:
     """Whether a method, or one that it holds in a field, says so."""
     held = (getattr(method, f.name) for f in dataclasses.fields(method))
     return getattr(method, "undivided", False) or any(_undivided(m) for m in held if dataclasses.is_dataclass(m))
+
+
+def refuse_misfits(settings: Settings, labels: Tensor, steps_per_epoch: int) -> None:
+    """TrainingError where a method would do nothing all the run, or has no answer to these training images.
+
+    Args:
+        labels: of the training images, `[N]`; -1 means none.
+    """
+    objective, name = OBJECTIVES.parse(settings.objective), settings.objective.partition(":")[0]
+    ramps = ramp_progress(SCHEDULES.parse(settings.eps_schedule), 0, steps_per_epoch) < 1
+    for text in settings.regularizers:
+        if not ramps and getattr(REGULARIZERS.parse(text), "needs_boxes", False):
+            raise TrainingError(
+                f"{text} acts while the radius grows, and eps_schedule={settings.eps_schedule} has no such time; give "
+                "a ramp, such as smooth, or leave it out"
+            )
+    if settings.weightings and getattr(objective, "of_the_batch", False):
+        raise TrainingError(
+            f"{' and '.join(settings.weightings)}: every image has the same loss in {name}, a product of means over "
+            "the batch, so there is nothing to weight; mtl_ibp and cc_ibp have a loss for each"
+        )
+    alone = not (settings.regularizers or settings.weightings)
+    if (labels < 0).any() and not (alone and getattr(objective, "takes_unlabelled", False)):
+        raise TrainingError(
+            "some training images have no label (-1); only awr takes them, without regularisers and weightings"
+        )
 
 
 def _check_norm(name: str, method: object, settings: Settings) -> None:

@@ -49,6 +49,7 @@ from robust.run_setup import (
     build_model,
     check_texts,
     parse_perturbation,
+    refuse_misfits,
     refuse_other_settings,
     refuse_undivided,
     refuse_unlike,
@@ -196,6 +197,7 @@ class _Run:
         self.steps_per_epoch = self.replays * max(1, math.ceil(self.epoch_size / settings.batch_size))
         if team is not None:
             self._refuse_small_batches()
+        refuse_misfits(settings, self.train_images.labels, self.steps_per_epoch)
         facts = self._facts(objective)
         self.objective = begin(objective, facts)
         self.regularizers = [begin(REGULARIZERS.parse(text), facts) for text in settings.regularizers]
@@ -212,7 +214,6 @@ class _Run:
                 f"{back[0]} puts earlier weights back, and the average of {averaging[0]} has the later ones in it; "
                 "keep one of them"
             )
-        self._refuse_misfits(objective)
         self.parameters = [*self.model.parameters(), *(p for active in self.active for p in active.parameters())]
         factory = OPTIMIZERS.parse(settings.optimizer)
         self.lr = factory.lr
@@ -233,28 +234,6 @@ class _Run:
                 parts_of(count, self.settings, self.team)
         except ValueError as error:
             raise TrainingError(str(error)) from None
-
-    def _refuse_misfits(self, objective: Any) -> None:
-        """TrainingError where a method would do nothing all the run, or has no answer to these images."""
-        constant = ramp_progress(self.eps_schedule, 0, self.steps_per_epoch) >= 1
-        for text, regularizer in zip(self.settings.regularizers, self.regularizers, strict=True):
-            if constant and regularizer.needs_boxes:
-                raise TrainingError(
-                    f"{text} acts while the radius grows, and eps_schedule={self.settings.eps_schedule} has no such "
-                    "time; give a ramp, such as smooth, or leave it out"
-                )
-        if (self.train_images.labels < 0).any() and (
-            self.regularizers or self.weightings or not getattr(objective, "takes_unlabelled", False)
-        ):
-            raise TrainingError(
-                "some training images have no label (-1); only awr takes them, without regularisers and weightings"
-            )
-        if self.weightings and getattr(objective, "of_the_batch", False):
-            raise TrainingError(
-                f"{' and '.join(self.settings.weightings)}: every image has the same loss in "
-                f"{self.settings.objective.partition(':')[0]}, a product of means over the batch, so there is nothing "
-                "to weight; mtl_ibp and cc_ibp have a loss for each"
-            )
 
     def run(self) -> Checkpoint:
         with contextlib.ExitStack() as stack:
