@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from attacks.attack import ATTACKS
 from certify.verifier import VERIFIERS
+from robust.active import begin
 from robust.dataset import DATASETS, parse_dataset
 from robust.hook import HOOKS
 from robust.min_max import MinMax
@@ -16,6 +18,7 @@ from robust.model import MODELS
 from robust.objective import OBJECTIVES
 from robust.optimizer import OPTIMIZERS
 from robust.regularizer import REGULARIZERS
+from robust.run_setup import refuse_misfits
 from robust.schedule import SCHEDULES
 from robust.settings import SettingsError, load_recipe, parse_recipe, recipe_names
 from robust.trainer import train
@@ -201,6 +204,21 @@ def test_every_method_of_a_recipe_is_known_and_spelled_back_to_the_same_method(n
         assert registry.parse(registry.spell(method)) == method, text
     data = parse_dataset(load_recipe(name).settings.data)
     assert parse_dataset(DATASETS.spell(data)) == data
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_no_method_of_a_recipe_is_idle_or_weights_what_is_weighted(name):
+    settings = load_recipe(name).settings
+    refuse_misfits(settings, torch.zeros(3), 100)
+    objective = OBJECTIVES.parse(settings.objective)
+    run = SimpleNamespace(epochs=settings.epochs, classes=10, objective=objective, ball=None)
+    for text in settings.weightings:
+        begin(WEIGHTINGS.parse(text), run)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if "wide_resnet" in load_recipe(name).settings.model])
+def test_wide_residual_networks_start_as_their_authors_let_them(name):
+    assert load_recipe(name).settings.init == "kaiming_normal"
 
 
 @pytest.mark.parametrize("name", recipe_names())
