@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
 from attacks.threat import Ball, L1Ball, L2Ball, LinfBall
+from certify import tracing
+from certify.interval import BallImage, Interval
 from certify.lipschitz.local import Search, local_lipschitz
 from certify.op import UnsupportedOp
 from certify.tracing import CaptureError, capture
@@ -275,3 +279,56 @@ def test_local_constants_of_tiny_weights_are_no_less_than_the_gradient(method: s
             layer.weight.mul_(1e-100)  # the gradient's squares are 0 in float64
     found = local_lipschitz(model, x, L2Ball(1e-3), method=method, search=Search(samples=0))
     assert (found.ub[0] >= rows * 1e-200 * (1 - 1e-9)).all()
+
+
+@pytest.mark.parametrize("weight, axis", [(1e-24, 1.0), (1e-24, 1e10), (1e-12, 1e-12), (1e10, 1e-24), (0.5, 0.25)])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_the_image_of_a_ball_is_no_smaller_than_the_greatest_move(kind: str, weight: float, axis: float) -> None:
+    x = torch.zeros(1, 3, 1, 1) if kind == "conv" else torch.zeros(1, 3)
+    layer = nn.Conv2d(3, 2, 1, bias=False) if kind == "conv" else nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(weight)
+    (node,) = capture(nn.Sequential(layer, nn.Flatten()), x).snapshot().nodes[1:2]
+    ball = BallImage(x, torch.full_like(x, axis), torch.ones(1))
+    radius = node.op.interval(Interval(x, torch.full_like(x, 10 * axis), ball)).radius.double()
+    assert (radius >= 3**0.5 * weight * axis * (1 - 1e-5)).all()
+
+
+@pytest.mark.parametrize("change", ["large values", "small logits"])
+def test_a_graph_is_compared_on_large_values_and_by_every_logits_own_size(change: str) -> None:
+    class Net(nn.Module):
+        def __init__(self, changed: bool) -> None:
+            super().__init__()
+            self.layer, self.changed = nn.Linear(3, 2), changed
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clamp(max=1.5) if self.changed and change == "large values" else x
+            z = self.layer(x) * torch.tensor([1.0, 1e-5])
+            return z * torch.tensor([1.0, 0.5]) if self.changed and change == "small logits" else z
+
+    torch.manual_seed(0)
+    plain, changed = Net(False).eval(), Net(True).eval()
+    changed.load_state_dict(plain.state_dict())
+    probe = torch.rand(3, 3)
+    graph = capture(plain, probe)
+    tracing._check(graph, plain, probe)
+    # As if the graph of `plain` had been read from `changed`, where float64 shows the same.
+    with mock.patch.object(tracing, "_agree_in_float64", return_value=False), pytest.raises(CaptureError):
+        tracing._check(graph, changed, probe)
+
+
+def test_hooks_on_all_modules_are_refused() -> None:
+    handle = register_module_forward_hook(lambda module, inputs, output: output)
+    try:
+        with pytest.raises(CaptureError, match="has forward hooks"):
+            capture(nn.Sequential(nn.Linear(3, 2)), torch.rand(1, 3))
+    finally:
+        handle.remove()
+
+
+def test_a_computation_put_on_one_convolution_has_no_rule() -> None:
+    conv = nn.Conv2d(1, 2, 1)
+    usual = conv._conv_forward
+    conv._conv_forward = lambda *arguments: usual(*arguments).clamp(max=50)  # type: ignore[method-assign]
+    with pytest.raises(UnsupportedOp, match=r"no bound rule for nn\.Conv2d"):
+        capture(nn.Sequential(conv, nn.Flatten()), torch.rand(1, 1, 1, 1))
